@@ -1,0 +1,38 @@
+"""How does any static-shape step run? Knows rows, buckets and banks; never tokens or models."""
+
+from captures.banks import Bank, Banks, BankState, BankStateError
+from captures.buckets import BatchTooLarge, BucketLadder
+from captures.clock import ClockReading, StepClock
+from captures.eager import EagerRunner
+from captures.fields import Arena, Field, Layout
+from captures.graph import CaptureError, CaptureReport, GraphRunner
+from captures.runner import HostArrays, Step, StepFn, StepPipeline, StepRunner
+from captures.streams import COMPUTE, CpuStreams, CudaStreams, Streams, make_streams
+
+__all__ = [
+    "COMPUTE",
+    "Arena",
+    "Bank",
+    "BankState",
+    "BankStateError",
+    "Banks",
+    "BatchTooLarge",
+    "BucketLadder",
+    "CaptureError",
+    "CaptureReport",
+    "ClockReading",
+    "CpuStreams",
+    "CudaStreams",
+    "EagerRunner",
+    "Field",
+    "GraphRunner",
+    "HostArrays",
+    "Layout",
+    "Step",
+    "StepClock",
+    "StepFn",
+    "StepPipeline",
+    "StepRunner",
+    "Streams",
+    "make_streams",
+]

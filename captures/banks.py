@@ -1,0 +1,108 @@
+"""Who may touch a step's buffers, and when? Banks with a state machine, and the launch order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import StrEnum
+
+import torch
+
+from captures.streams import COMPUTE, COPY_IN, COPY_OUT, Streams
+
+
+class BankState(StrEnum):
+    FREE = "free"
+    FILLING = "filling"  # the host writes host_in
+    LAUNCHED = "launched"  # host_in belongs to the copy, host_out to the device
+    READY = "ready"  # the host reads host_out
+
+
+class BankStateError(RuntimeError):
+    """A bank was used out of turn: a bug in the caller, never a matter of timing."""
+
+
+class Bank:
+    """One set of buffers for one launch in flight. All uint8, allocated once.
+
+    host_in (pinned) > device_in > [step] > device_out > host_out (pinned).
+    copied: host_in may be rewritten. computed: device_out is written. ready: host_out is.
+    """
+
+    def __init__(self, streams: Streams, name: str, *, in_bytes: int, out_bytes: int) -> None:
+        self.name = name
+        self.state = BankState.FREE
+        self.host_in = streams.host_buffer(in_bytes)
+        self.host_out = streams.host_buffer(out_bytes)
+        self.device_in = torch.zeros(in_bytes, dtype=torch.uint8, device=streams.device)
+        self.device_out = torch.zeros(out_bytes, dtype=torch.uint8, device=streams.device)
+        self.copied = streams.event(f"{name}.copied")
+        self.computed = streams.event(f"{name}.computed")
+        self.ready = streams.event(f"{name}.ready")
+
+    def advance(self, expected: BankState, new: BankState) -> None:
+        if self.state is not expected:
+            raise BankStateError(
+                f"{self.name} is {self.state.value}; only {expected.value} may become {new.value}"
+            )
+        self.state = new
+
+
+class Banks:
+    """`count` banks used in turn, so the host fills one while the device runs another."""
+
+    def __init__(
+        self, streams: Streams, name: str, *, in_bytes: int, out_bytes: int, count: int = 2
+    ) -> None:
+        self._streams = streams
+        self._banks = [
+            Bank(streams, f"{name}{index}", in_bytes=in_bytes, out_bytes=out_bytes)
+            for index in range(count)
+        ]
+        self._turn = 0
+
+    def open(self) -> Bank:
+        """The next bank in turn, now FILLING. Blocks until its last copy-in has passed: the host is
+        about to write what that copy reads. Raises BankStateError unless the bank is FREE."""
+        bank = self._banks[self._turn]
+        bank.advance(BankState.FREE, BankState.FILLING)
+        self._turn = (self._turn + 1) % len(self._banks)
+        bank.copied.synchronize()
+        return bank
+
+    def launch(
+        self, bank: Bank, step: Callable[[Bank], None], *, in_bytes: int, out_bytes: int
+    ) -> None:
+        """Enqueues copy-in, `step` on the compute stream, copy-out; returns without waiting.
+
+        `step` reads bank.device_in and writes bank.device_out. Neither can be in use by an earlier
+        launch: a bank is FREE only after its `ready` event, which follows all its device work.
+        """
+        bank.advance(BankState.FILLING, BankState.LAUNCHED)
+        streams = self._streams
+        streams.copy(COPY_IN, bank.device_in[:in_bytes], bank.host_in[:in_bytes], f"{bank.name}.in")
+        streams.record(bank.copied, COPY_IN)
+        # Reader of device_in: the step. Writer: the copy. Between them: `copied`.
+        streams.wait(COMPUTE, bank.copied)
+        with streams.on(COMPUTE):
+            step(bank)
+        streams.record(bank.computed, COMPUTE)
+        # Reader of device_out: the copy-out. Writer: the step. Between them: `computed`.
+        streams.wait(COPY_OUT, bank.computed)
+        streams.copy(
+            COPY_OUT, bank.host_out[:out_bytes], bank.device_out[:out_bytes], f"{bank.name}.out"
+        )
+        streams.record(bank.ready, COPY_OUT)
+
+    def wait(self, bank: Bank) -> None:
+        """Blocks until host_out is written; the bank is READY."""
+        bank.advance(BankState.LAUNCHED, BankState.READY)
+        bank.ready.synchronize()
+
+    def reset(self) -> None:
+        """Every bank is FREE again, whatever it was. The caller has synchronized the streams."""
+        for bank in self._banks:
+            bank.state = BankState.FREE
+
+    def release(self, bank: Bank) -> None:
+        """The host has read host_out; the bank is FREE."""
+        bank.advance(BankState.READY, BankState.FREE)

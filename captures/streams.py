@@ -1,0 +1,170 @@
+"""Where does work run, and what orders it? Three streams, events, and a CPU twin that logs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+
+COMPUTE = "compute"
+COPY_IN = "copy_in"
+COPY_OUT = "copy_out"
+STREAMS = (COMPUTE, COPY_IN, COPY_OUT)
+
+
+class Event(Protocol):
+    """A point in a stream. Recorded once per use; belongs to one bank or one clock entry."""
+
+    name: str
+
+    def synchronize(self) -> None:
+        """Blocks the host until the last recording has passed. At once if there was none."""
+
+    def query(self) -> bool:
+        """Whether the last recording has passed. Never blocks."""
+
+    def elapsed_ms(self, end: Event) -> float:
+        """Milliseconds from this recording to `end`'s. Both must have passed."""
+
+
+class Streams(Protocol):
+    """Work of one stream runs in order; streams meet only through events."""
+
+    device: torch.device
+
+    def event(self, name: str) -> Event: ...
+
+    def record(self, event: Event, stream: str) -> None: ...
+
+    def wait(self, stream: str, event: Event) -> None:
+        """Later work of `stream` starts after `event`. The host goes on."""
+
+    def copy(self, stream: str, dst: torch.Tensor, src: torch.Tensor, what: str) -> None:
+        """Enqueues dst <- src. `what` names the copy in the log of the CPU twin."""
+
+    def on(self, stream: str) -> AbstractContextManager[object]:
+        """Torch work launched inside goes to `stream`."""
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes] that copies to and from the device without a stop: pinned on CUDA."""
+
+    def synchronize(self) -> None:
+        """Blocks until all three streams are empty."""
+
+
+class _CudaEvent:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.cuda = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+    def synchronize(self) -> None:
+        self.cuda.synchronize()
+
+    def query(self) -> bool:
+        return bool(self.cuda.query())  # type: ignore[no-untyped-call]
+
+    def elapsed_ms(self, end: Event) -> float:
+        assert isinstance(end, _CudaEvent)
+        return float(self.cuda.elapsed_time(end.cuda))
+
+
+def _cuda_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+class CudaStreams:
+    """Three distinct CUDA streams of one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._streams = {name: _cuda_stream(device) for name in STREAMS}
+        # torch hands streams out of a pool in turn and can give the same one twice.
+        handles = {stream.cuda_stream for stream in self._streams.values()}
+        if len(handles) != len(STREAMS):
+            raise RuntimeError("torch gave the same CUDA stream twice; too many streams in use")
+
+    def event(self, name: str) -> Event:
+        return _CudaEvent(name)
+
+    def record(self, event: Event, stream: str) -> None:
+        assert isinstance(event, _CudaEvent)
+        event.cuda.record(self._streams[stream])
+
+    def wait(self, stream: str, event: Event) -> None:
+        assert isinstance(event, _CudaEvent)
+        self._streams[stream].wait_event(event.cuda)
+
+    def copy(self, stream: str, dst: torch.Tensor, src: torch.Tensor, what: str) -> None:
+        with torch.cuda.stream(self._streams[stream]):
+            dst.copy_(src, non_blocking=True)
+
+    def on(self, stream: str) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._streams[stream])
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def synchronize(self) -> None:
+        for stream in self._streams.values():
+            stream.synchronize()
+
+
+class _CpuEvent:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.at_s = 0.0
+
+    def synchronize(self) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_ms(self, end: Event) -> float:
+        assert isinstance(end, _CpuEvent)
+        return 1e3 * (end.at_s - self.at_s)
+
+
+class CpuStreams:
+    """The CPU twin: everything runs at once, in the order of the calls. With `log`, each call
+    appends (stream, verb, name), so a test can check the order that CUDA would have to keep."""
+
+    def __init__(self, log: list[tuple[str, str, str]] | None = None) -> None:
+        self.device = torch.device("cpu")
+        self._log = log
+
+    def _note(self, stream: str, verb: str, name: str) -> None:
+        if self._log is not None:
+            self._log.append((stream, verb, name))
+
+    def event(self, name: str) -> Event:
+        return _CpuEvent(name)
+
+    def record(self, event: Event, stream: str) -> None:
+        assert isinstance(event, _CpuEvent)
+        event.at_s = time.perf_counter()
+        self._note(stream, "record", event.name)
+
+    def wait(self, stream: str, event: Event) -> None:
+        self._note(stream, "wait", event.name)
+
+    def copy(self, stream: str, dst: torch.Tensor, src: torch.Tensor, what: str) -> None:
+        dst.copy_(src)
+        self._note(stream, "copy", what)
+
+    def on(self, stream: str) -> AbstractContextManager[object]:
+        self._note(stream, "run", "")
+        return contextlib.nullcontext()
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        return torch.zeros(nbytes, dtype=torch.uint8)
+
+    def synchronize(self) -> None:
+        pass
+
+
+def make_streams(device: torch.device) -> Streams:
+    return CudaStreams(device) if device.type == "cuda" else CpuStreams()

@@ -1,0 +1,86 @@
+"""What does a step tell attention, and what must an attention backend offer?
+
+Letters: N tokens, B decode rows, S sequences of a prefill, H query heads, K kv heads, D head dim,
+W blocks per sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeMetadata:
+    """Where B rows of one token each find their context. All device tensors, which keep their
+    addresses inside a captured graph.
+
+    slot_mapping: int64 [B], slot the row's token is written to (block * block_size + offset).
+    block_tables: int32 [B, W]. context_lens: int32 [B], this step's token included, at least 1.
+    """
+
+    slot_mapping: Tensor
+    block_tables: Tensor
+    context_lens: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillMetadata:
+    """Where S sequences, N tokens in one ragged row, find their context.
+
+    slot_mapping: int64 [N]. cu_seqlens_q: int32 [S+1], borders of the sequences in the N tokens.
+    cu_seqlens_k: int32 [S+1], the same with each sequence's earlier chunks included.
+    block_tables: int32 [S, W]. max_seqlen_q, max_seqlen_k: the longest of each.
+    has_context: some sequence has keys in the cache from an earlier chunk.
+    """
+
+    slot_mapping: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    block_tables: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    has_context: bool
+
+
+class AttentionBackend(Protocol):
+    """Causal attention through a paged cache.
+
+    k_cache and v_cache are [num_blocks, block_size, K, D] and hold the step's own keys and values
+    already. The softmax scale is D ** -0.5. With `window` w a query sees itself and the w - 1
+    tokens before it; None sees all."""
+
+    name: str
+    default_block_size: int
+
+    def check(
+        self, *, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Raises ConfigError or BackendError if this backend cannot run with these."""
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: PrefillMetadata,
+        *,
+        window: int | None,
+    ) -> Tensor:
+        """q [N, H, D], k and v [N, K, D] -> [N, H, D]. May sync; never captured."""
+
+    def decode(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: DecodeMetadata,
+        *,
+        window: int | None,
+    ) -> Tensor:
+        """q [B, H, D] -> [B, H, D]. On CUDA never syncs, so that it can be captured."""

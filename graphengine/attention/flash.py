@@ -1,0 +1,122 @@
+"""How does attention run on CUDA? FlashAttention 2, through its paged cache.
+
+Letters: N tokens, B decode rows, H query heads, K kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from graphengine.attention.base import DecodeMetadata, PrefillMetadata
+from graphengine.errors import BackendError, ConfigError
+
+_BLOCK_MULTIPLE = 256  # flash_api.cpp: "Paged KV cache block size must be divisible by 256"
+_MAX_HEAD_DIM = 256
+_MIN_CAPABILITY = (8, 0)
+
+
+class FlashAttention:
+    """AttentionBackend on flash-attn 2: Ampere and later, bfloat16 or float16."""
+
+    name = "flash"
+    default_block_size = _BLOCK_MULTIPLE
+
+    def __init__(self) -> None:
+        """Raises BackendError if flash-attn cannot be imported."""
+        try:
+            flash_attn = importlib.import_module("flash_attn")
+        except ImportError as error:
+            raise BackendError(
+                f'attention "flash" needs flash-attn, which cannot be imported ({error}); install '
+                'it with: pip install "graphengine[cuda]", or choose attention "reference" (slow)'
+            ) from error
+        self._varlen = flash_attn.flash_attn_varlen_func
+        self._with_kvcache = flash_attn.flash_attn_with_kvcache
+
+    def check(
+        self, *, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Raises ConfigError (block size, dtype) or BackendError (device, head dim)."""
+        if device.type != "cuda":
+            raise BackendError(
+                f'attention "flash" runs on CUDA, the device is {device.type}; '
+                'choose attention "reference" or device "cuda"'
+            )
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _MIN_CAPABILITY:
+            raise BackendError(
+                f'attention "flash" needs compute capability 8.0, this GPU has '
+                f'{capability[0]}.{capability[1]}; choose attention "reference"'
+            )
+        if block_size % _BLOCK_MULTIPLE:
+            raise ConfigError(
+                f'block_size is {block_size}; attention "flash" needs a multiple of '
+                f"{_BLOCK_MULTIPLE}"
+            )
+        if dtype not in (torch.bfloat16, torch.float16):
+            raise ConfigError(
+                f'dtype is {str(dtype).removeprefix("torch.")}; attention "flash" needs bfloat16 '
+                'or float16, choose one of them or attention "reference"'
+            )
+        if head_dim > _MAX_HEAD_DIM or head_dim % 8:
+            raise BackendError(
+                f'the model\'s head_dim is {head_dim}; attention "flash" needs a multiple of 8 of '
+                f'at most {_MAX_HEAD_DIM}, choose attention "reference"'
+            )
+
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: PrefillMetadata,
+        *,
+        window: int | None,
+    ) -> Tensor:
+        """See AttentionBackend. Without context the step's own k and v are read, not the cache."""
+        paged = metadata.has_context
+        out: Tensor = self._varlen(
+            q,
+            k_cache if paged else k,
+            v_cache if paged else v,
+            cu_seqlens_q=metadata.cu_seqlens_q,
+            cu_seqlens_k=metadata.cu_seqlens_k,
+            max_seqlen_q=metadata.max_seqlen_q,
+            max_seqlen_k=metadata.max_seqlen_k,
+            causal=True,
+            window_size=_window_size(window),
+            block_table=metadata.block_tables if paged else None,
+        )
+        return out
+
+    def decode(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: DecodeMetadata,
+        *,
+        window: int | None,
+    ) -> Tensor:
+        """See AttentionBackend. The number of splits follows from B and the table's width, which
+        are fixed in a captured graph."""
+        out: Tensor = self._with_kvcache(
+            q[:, None],
+            k_cache,
+            v_cache,
+            cache_seqlens=metadata.context_lens,
+            block_table=metadata.block_tables,
+            causal=True,
+            window_size=_window_size(window),
+        )
+        return out[:, 0]
+
+
+def _window_size(window: int | None) -> tuple[int, int]:
+    """flash-attn counts the tokens beside the query itself; -1 is no limit."""
+    return (-1, -1) if window is None else (window - 1, 0)

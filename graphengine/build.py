@@ -1,0 +1,157 @@
+"""How is the device side put together? Weights, then as many KV blocks as fit, then graphs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from captures import BucketLadder, StepClock, Streams, make_streams
+from graphengine.errors import CapacityError
+from graphengine.kernels import kernels_for
+from graphengine.kv_cache import KVCache
+from graphengine.model import DecoderModel
+from graphengine.model_runner import ModelRunner
+from graphengine.resolve import Resolved
+from graphengine.sequence_table import SequenceTable
+from graphengine.weights import dummy_weights, load_weights
+
+# Without a figure from the user the CPU's KV cache takes what could be used, at most this much.
+CPU_KV_BYTES = 2**30
+# The trial captures two buckets and the estimate is for all; it gets this much more.
+_GRAPH_MARGIN = 1.2
+
+
+def build_runner(resolved: Resolved) -> tuple[StepClock, ModelRunner, int]:
+    """The clock, the runner with weights loaded and graphs captured, and the number of KV blocks
+    sequences can hold. Raises WeightsError and CapacityError."""
+    model = _load_model(resolved)
+    streams = make_streams(resolved.device)
+    clock = StepClock(streams)
+    num_blocks = _num_blocks(resolved, model, streams)
+    runner = _make_runner(resolved, model, streams, clock, num_blocks, resolved.ladder)
+    if resolved.device.type == "cuda":
+        # Takes from the allocator now what the largest prefill will ever need of it.
+        runner.run_largest_prefill(make_table(resolved))
+        clock.reset()
+    return clock, runner, num_blocks
+
+
+def make_table(resolved: Resolved) -> SequenceTable:
+    return SequenceTable(resolved.config.max_num_seqs, resolved.max_model_len, resolved.block_size)
+
+
+def cpu_kv_bytes(resolved: Resolved) -> int:
+    """What max_num_seqs sequences of max_model_len need, null block included, at most
+    CPU_KV_BYTES."""
+    width = math.ceil(resolved.max_model_len / resolved.block_size)
+    return min(CPU_KV_BYTES, (resolved.config.max_num_seqs * width + 1) * resolved.bytes_per_block)
+
+
+def blocks_in(kv_bytes: int, resolved: Resolved) -> int:
+    """KV blocks in `kv_bytes`, the null block not counted."""
+    return max(0, kv_bytes // resolved.bytes_per_block - 1)
+
+
+def check_one_sequence_fits(num_blocks: int, resolved: Resolved) -> None:
+    """Raises CapacityError unless one sequence of max_model_len fits: only then can a sequence that
+    is alone always run to its end."""
+    block_size = resolved.block_size
+    needed = math.ceil(resolved.max_model_len / block_size)
+    if num_blocks >= needed:
+        return
+    config = resolved.config
+    if config.num_gpu_blocks_override is not None:
+        remedy = "raise num_gpu_blocks_override"
+    elif config.kv_cache_memory_bytes is not None or resolved.device.type != "cuda":
+        remedy = "raise kv_cache_memory_bytes"
+    else:
+        remedy = "raise gpu_memory_utilization"
+    raise CapacityError(
+        f"one sequence of max_model_len {resolved.max_model_len} needs {needed} KV blocks of "
+        f"{block_size} tokens, the memory granted holds {num_blocks}; lower max_model_len to "
+        f"{num_blocks * block_size} or {remedy}"
+    )
+
+
+def _load_model(resolved: Resolved) -> DecoderModel:
+    model = DecoderModel(
+        resolved.model_config,
+        dtype=resolved.dtype,
+        device=resolved.device,
+        kernels=kernels_for(resolved.device),
+        attention=resolved.attention,
+        max_model_len=resolved.max_model_len,
+    )
+    if resolved.config.load_format == "dummy":
+        dummy_weights(model, seed=resolved.config.seed)
+    else:
+        load_weights(model, resolved.model_path, resolved.model_config)
+    return model
+
+
+def _make_runner(
+    resolved: Resolved,
+    model: DecoderModel,
+    streams: Streams,
+    clock: StepClock,
+    num_blocks: int,
+    ladder: BucketLadder,
+) -> ModelRunner:
+    kv = KVCache(
+        resolved.model_config,
+        num_blocks + 1,
+        block_size=resolved.block_size,
+        dtype=resolved.dtype,
+        device=resolved.device,
+    )
+    return ModelRunner(
+        model,
+        kv,
+        make_table(resolved),
+        kernels=kernels_for(resolved.device),
+        streams=streams,
+        clock=clock,
+        ladder=ladder,
+        use_graphs=resolved.use_graphs,
+        max_num_batched_tokens=resolved.config.max_num_batched_tokens,
+    )
+
+
+def _num_blocks(resolved: Resolved, model: DecoderModel, streams: Streams) -> int:
+    """KV blocks beside the null block: what the user says, or what the memory granted holds."""
+    config = resolved.config
+    if config.num_gpu_blocks_override is not None:
+        num_blocks = config.num_gpu_blocks_override
+    elif config.kv_cache_memory_bytes is not None:
+        num_blocks = blocks_in(config.kv_cache_memory_bytes, resolved)
+    elif resolved.device.type == "cuda":
+        working_bytes = _measure_working_bytes(resolved, model, streams)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(resolved.device)
+        budget = int(config.gpu_memory_utilization * total) - (total - free) - working_bytes
+        num_blocks = blocks_in(budget, resolved)
+    else:
+        num_blocks = blocks_in(cpu_kv_bytes(resolved), resolved)
+    check_one_sequence_fits(num_blocks, resolved)
+    return num_blocks
+
+
+def _measure_working_bytes(resolved: Resolved, model: DecoderModel, streams: Streams) -> int:
+    """Bytes of a full prefill at its peak and of all graphs: a trial with a KV cache of the null
+    block alone, which captures the two largest buckets. The largest brings the pool all graphs
+    share, the second what each further one adds."""
+    ladder = BucketLadder(resolved.ladder.sizes[-2:])
+    runner = _make_runner(resolved, model, streams, StepClock(streams), 0, ladder)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(resolved.device)
+    torch.cuda.reset_peak_memory_stats(resolved.device)
+    runner.run_largest_prefill(make_table(resolved))
+    prefill_bytes = torch.cuda.max_memory_allocated(resolved.device) - before
+    report = runner.capture_report
+    runner.close()
+    if report is None:
+        return prefill_bytes
+    num_others = len(resolved.ladder.sizes) - 1
+    graph_bytes = report.bytes[ladder.max_rows] + num_others * report.bytes[ladder.sizes[0]]
+    return prefill_bytes + math.ceil(_GRAPH_MARGIN * graph_bytes)

@@ -1,0 +1,99 @@
+"""How is an engine configured? One frozen dataclass, validated when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from graphengine.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+ATTENTION = ("auto", "flash", "reference")
+LOAD_FORMATS = ("auto", "dummy")
+
+# Stop ids (EOS included) a request may have: the width of a per-sequence table.
+MAX_STOP_IDS = 32
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Every option of an engine. Names follow vLLM where the meaning is the same.
+
+    model: local directory in Hugging Face format, a hub id, or "demo".
+    tokenizer: directory or hub id; None takes the model's. skip_tokenizer_init: token ids only.
+    dtype: "auto" is the checkpoint's on CUDA and float32 on the CPU. device: "auto" prefers CUDA.
+    attention: "auto" is "flash" on CUDA (an error without flash-attn) and "reference" on the CPU.
+    load_format: "dummy" gives seeded random weights and reads config.json only.
+    max_model_len: tokens of prompt and output together; None takes the model's limit.
+    max_num_seqs: sequences running at once, the largest decode bucket.
+    max_num_batched_tokens: token budget of one prefill step; longer prompts are chunked.
+    block_size: tokens per KV block; None takes the attention backend's default.
+    gpu_memory_utilization: share of the card's memory this engine may use in all.
+    kv_cache_memory_bytes: KV memory instead of the figure derived from free memory. On the CPU None
+    means what max_num_seqs sequences of max_model_len need, at most 1 GiB.
+    num_gpu_blocks_override: KV blocks (null block not counted) instead of any figure in bytes.
+    seed: of dummy weights and of requests that bring no seed.
+    enforce_eager: no CUDA graphs; the same step function is called instead.
+    async_scheduling: launch step N+1 before waiting for step N; False takes turns.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    attention: str = "auto"
+    load_format: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    block_size: int | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None
+    seed: int = 0
+    enforce_eager: bool = False
+    async_scheduling: bool = True
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError naming the option, its value and the accepted range."""
+        for name, choices in (
+            ("dtype", DTYPES),
+            ("device", DEVICES),
+            ("attention", ATTENTION),
+            ("load_format", LOAD_FORMATS),
+        ):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        for name, smallest in (
+            ("max_model_len", 2),
+            ("max_num_seqs", 1),
+            ("max_num_batched_tokens", 1),
+            ("block_size", 1),
+            ("kv_cache_memory_bytes", 1),
+            ("num_gpu_blocks_override", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and (not _is_int(value) or value < smallest):
+                raise ConfigError(f"{name} is {value!r}; give a whole number >= {smallest}")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(
+                f"gpu_memory_utilization is {self.gpu_memory_utilization}; give a share in (0, 1]"
+            )
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed!r}; give a whole number in [0, 2**63)")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def engine_config(model: str, **options: object) -> EngineConfig:
+    """An EngineConfig from keyword options. Raises ConfigError naming one that does not exist."""
+    known = {field.name for field in dataclasses.fields(EngineConfig)}
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown option {name!r}; choose from {', '.join(sorted(known))}")
+    return EngineConfig(model, **options)  # type: ignore[arg-type]

@@ -1,0 +1,315 @@
+"""How does it all run? LLM, and the loop: schedule, launch, commit one step late."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from types import TracebackType
+
+import torch
+
+from captures import CaptureReport
+from graphengine.block_manager import BlockManager
+from graphengine.build import build_runner, make_table
+from graphengine.config import EngineConfig, engine_config
+from graphengine.errors import RequestError
+from graphengine.hub import resolve_model
+from graphengine.intake import Feeder, Intake, Prompt
+from graphengine.metrics import EngineStats, RunCounters
+from graphengine.model_runner import Launched
+from graphengine.request import (
+    CompletionOutput,
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    Sequence,
+)
+from graphengine.resolve import Resolved, resolve
+from graphengine.scheduler import Scheduler
+from graphengine.tokenizer import StopStrings, Tokenizer
+
+# How long an idle engine waits for more requests before it starts with those it has.
+_GATHER_S = 0.01
+
+
+class LLM:
+    """A model ready to generate. Options are EngineConfig's fields.
+
+    Raises GraphEngineError, as one of its kinds, for whatever a user can fix. Not thread-safe: one
+    generate or stream at a time. Close it, or use it as a context manager, to free the device.
+    """
+
+    def __init__(self, model: str, **options: object) -> None:
+        resolved = resolve(engine_config(model, **options))
+        self._resolved = resolved
+        config = resolved.config
+        self.model_config = resolved.model_config
+        self.tokenizer = _make_tokenizer(resolved)
+        self._clock, self._runner, self.num_blocks = build_runner(resolved)
+        eos_token_ids = resolved.model_config.eos_token_ids
+        if not eos_token_ids and self.tokenizer and self.tokenizer.eos_token_id is not None:
+            eos_token_ids = (self.tokenizer.eos_token_id,)
+        self._intake = Intake(
+            self.tokenizer,
+            eos_token_ids=eos_token_ids,
+            vocab_size=resolved.model_config.vocab_size,
+            max_model_len=resolved.max_model_len,
+            seed=config.seed,
+        )
+        self._is_streaming = False
+        self._is_closed = False
+        self._start_run()
+
+    # --- what a caller uses
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._resolved.config
+
+    @property
+    def max_model_len(self) -> int:
+        return self._resolved.max_model_len
+
+    @property
+    def capture_report(self) -> CaptureReport | None:
+        """What capturing the graphs cost; None in eager mode."""
+        return self._runner.capture_report
+
+    def generate(
+        self,
+        prompts: Prompt | SequenceOf[Prompt],
+        sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Outputs in the order of the prompts. One SamplingParams serves all; a list gives each
+        prompt its own. A refused prompt has an output that says why; the others go on."""
+        batch = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        requests: Iterable[Prompt | Request] = batch
+        default = None
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            default = sampling_params
+        elif len(sampling_params) != len(batch):
+            raise RequestError(
+                f"{len(sampling_params)} sampling_params for {len(batch)} prompts; give one for "
+                "all or one each"
+            )
+        else:
+            requests = map(Request, batch, sampling_params)
+        return sorted(self.stream(requests, default), key=lambda output: output.index)
+
+    def stream(
+        self,
+        requests: Iterable[Prompt | Request],
+        sampling_params: SamplingParams | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Outputs as they finish. Reads `requests` in a thread, only as far ahead as the engine
+        needs, so neither has to fit in memory. Leaving the iterator early, by an exception or
+        close(), drops what is unfinished; the LLM can be used again."""
+        if self._is_closed:
+            raise RuntimeError("this LLM is closed; make a new one")
+        if self._is_streaming:
+            raise RuntimeError("this LLM is streaming already; finish or close that stream first")
+        self._is_streaming = True
+        self._start_run()
+        sequences = self._intake.sequences(requests, sampling_params or SamplingParams())
+        feeder = Feeder(sequences, depth=self.config.max_num_seqs)
+        try:
+            yield from self._loop(feeder)
+        finally:
+            feeder.close()
+            self._counters.ended_s = time.perf_counter()
+            self._runner.reset()
+            self._is_streaming = False
+
+    def stats(self) -> EngineStats:
+        """A snapshot of the stream that runs, or of the last one. Cheap; any thread may ask."""
+        counters, reading = self._counters, self._clock.reading
+        launches, launch_ms = reading.num_launches, reading.launch_ms
+        num_decode, num_prefill = launches.get("decode", 0), launches.get("prefill", 0)
+        return EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            num_finished=counters.num_finished,
+            num_failed=counters.num_failed,
+            num_preemptions=self._scheduler.num_preemptions,
+            prompt_tokens=counters.prompt_tokens,
+            output_tokens=counters.output_tokens,
+            kv_usage=1.0 - self._blocks.num_free / self._blocks.num_blocks,
+            elapsed_s=counters.elapsed_s,
+            num_decode_steps=num_decode,
+            num_prefill_steps=num_prefill,
+            decode_ms=launch_ms.get("decode", 0.0) / max(1, num_decode),
+            prefill_ms=launch_ms.get("prefill", 0.0) / max(1, num_prefill),
+            gpu_busy=reading.busy_share if self._resolved.device.type == "cuda" else None,
+            longest_gap_ms=reading.longest_gap_ms,
+            host_ms={
+                name: 1e3 * seconds / max(1, counters.num_steps)
+                for name, seconds in counters.phase_s.items()
+            },
+        )
+
+    def close(self) -> None:
+        """Frees graphs, KV cache and weights. Safe to call twice."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._runner.close()
+        del self._runner
+        if self._resolved.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --- the loop
+
+    def _start_run(self) -> None:
+        """Fresh host state. Whatever an earlier stream left half done cannot reach this one."""
+        self._table = make_table(self._resolved)
+        self._blocks = BlockManager(self.num_blocks, self._resolved.block_size)
+        self._scheduler = Scheduler(
+            self._table,
+            self._blocks,
+            max_num_batched_tokens=self.config.max_num_batched_tokens,
+        )
+        self._stop_strings: dict[int, StopStrings] = {}
+        self._clock.reset()
+        self._counters = RunCounters()
+
+    def _loop(self, feeder: Feeder) -> Iterator[RequestOutput]:
+        """One turn launches step N+1 while N runs, then waits for N. What ended in N - 1 is turned
+        into text after the launch, in the shadow of the device."""
+        depth = 1 if self.config.async_scheduling else 0
+        counters, scheduler = self._counters, self._scheduler
+        in_flight: deque[Launched] = deque()
+        ended: list[tuple[Sequence, str | None]] = []
+        while True:
+            outputs = self._take_requests(feeder, is_idle=not (in_flight or scheduler.has_work))
+            with counters.phase("schedule"):
+                batch = scheduler.schedule()
+            if batch is not None:
+                with counters.phase("launch"):
+                    in_flight.append(self._runner.launch(batch, self._table))
+            with counters.phase("output"):
+                outputs += [self._output(sequence, text) for sequence, text in ended]
+                ended = []
+                self._clock.collect()
+            yield from outputs
+            if in_flight and (batch is None or len(in_flight) > depth):
+                ended = self._commit(in_flight.popleft())
+            elif batch is None and not scheduler.has_work:
+                assert self._blocks.num_free == self._blocks.num_blocks, "blocks leaked"
+                if feeder.exhausted:
+                    return
+
+    def _take_requests(self, feeder: Feeder, *, is_idle: bool) -> list[RequestOutput]:
+        """Tops up the waiting queue with what was read ahead; gives the outputs of refused
+        requests. Blocks only when the engine has nothing else to do."""
+        outputs = []
+        timeout_s = None if is_idle else 0.0
+        while self._scheduler.num_waiting < self.config.max_num_seqs:
+            item = feeder.get(timeout_s)
+            if item is None:
+                break
+            if isinstance(item, RequestOutput):
+                self._counters.num_finished += 1
+                self._counters.num_failed += 1
+                outputs.append(item)
+                break  # the caller hears of it before more is waited for
+            self._scheduler.add(item)
+            if is_idle:
+                timeout_s = _GATHER_S
+        return outputs
+
+    def _commit(self, launched: Launched) -> list[tuple[Sequence, str | None]]:
+        """Waits for a step and takes up its results: the sequences that ended, and their text where
+        a stop string ended them."""
+        counters = self._counters
+        with counters.phase("wait"):
+            token_ids = launched.wait()
+        with counters.phase("commit"):
+            counters.num_steps += 1
+            rows, finished = self._scheduler.commit(launched.batch, token_ids)
+            counters.output_tokens += len(rows) + len(finished)
+            ended = [(sequence, self._text_if_stopped(sequence)) for sequence in finished]
+            for idx in rows[self._table.has_stop_strings[rows]].tolist():
+                running = self._table.sequences[idx]
+                assert running is not None
+                match = self._match(running, self._table.last_token_id(idx))
+                if match is not None:
+                    stop_reason, text = match
+                    self._scheduler.finish(idx, FinishReason.STOP, stop_reason=stop_reason)
+                    ended.append((running, text))
+        return ended
+
+    def _match(self, sequence: Sequence, token_id: int) -> tuple[str, str] | None:
+        """The stop string that `token_id` completes and the text before it, if any."""
+        assert self.tokenizer is not None
+        matcher = self._stop_strings.get(sequence.index)
+        if matcher is None:
+            matcher = self._stop_strings[sequence.index] = StopStrings(
+                self.tokenizer,
+                sequence.params.stop,
+                min_tokens=sequence.params.min_tokens,
+                skip_special_tokens=sequence.params.skip_special_tokens,
+            )
+        return matcher.push(token_id)
+
+    def _text_if_stopped(self, sequence: Sequence) -> str | None:
+        """For a sequence that ended at its length: the text before a stop string, where its last
+        token completed one at the same time. The stop string is then its reason."""
+        if not sequence.params.stop or sequence.finish_reason is not FinishReason.LENGTH:
+            return None
+        match = self._match(sequence, sequence.output_token_ids[-1])
+        if match is None:
+            return None
+        sequence.finish_reason = FinishReason.STOP
+        sequence.stop_reason, text = match
+        return text
+
+    def _output(self, sequence: Sequence, text: str | None) -> RequestOutput:
+        token_ids = sequence.output_token_ids
+        assert sequence.finish_reason is not None
+        self._stop_strings.pop(sequence.index, None)
+        if text is None:
+            text = self._decode(sequence)
+        self._counters.num_finished += 1
+        self._counters.prompt_tokens += len(sequence.prompt_token_ids)
+        completion = CompletionOutput(
+            0, text, token_ids, sequence.finish_reason, sequence.stop_reason
+        )
+        return RequestOutput(
+            sequence.request_id,
+            sequence.index,
+            sequence.prompt,
+            sequence.prompt_token_ids,
+            [completion],
+        )
+
+    def _decode(self, sequence: Sequence) -> str:
+        """The output's text, without the stop token that ended it."""
+        if self.tokenizer is None:
+            return ""
+        token_ids = sequence.output_token_ids
+        if sequence.finish_reason is FinishReason.STOP:
+            token_ids = token_ids[:-1]
+        return self.tokenizer.decode(
+            token_ids, skip_special_tokens=sequence.params.skip_special_tokens
+        )
+
+
+def _make_tokenizer(resolved: Resolved) -> Tokenizer | None:
+    if resolved.config.skip_tokenizer_init:
+        return None
+    name = resolved.config.tokenizer
+    return Tokenizer(resolved.model_path if name is None else resolve_model(name))

@@ -1,0 +1,263 @@
+# mypy: disable-error-code="untyped-decorator"
+# (Triton is not installed where mypy runs, so its decorator has no type there.)
+"""How do the kernels run on a GPU? Triton, one launch each; `reference` says what they compute.
+
+Letters as in `kernels`. Every tensor's last dimension is dense; offsets that grow with N or with the
+number of blocks are int64: a long prefill or a large cache passes 2^31 elements.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from graphengine.kernels.fused_sampling import sample
+
+__all__ = ["add_rms_norm", "rms_norm", "rope_and_cache", "sample", "silu_mul"]
+
+# One thread moves 8 elements: 16 bytes of a 16-bit dtype, the widest load there is.
+_ELEMENTS_PER_WARP = 32 * 8
+_SILU_BLOCK = 1024
+# Few heads a program: a decode step of few tokens has no other parallelism.
+_HEADS_PER_PROGRAM = 8
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`reference.rms_norm`."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    num_tokens, hidden_size = x.shape
+    block = triton.next_power_of_2(hidden_size)
+    _rms_norm_kernel[(num_tokens,)](
+        x, weight, out, x.stride(0), hidden_size, eps, BLOCK=block, num_warps=_num_warps(block)
+    )
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`reference.add_rms_norm`."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    num_tokens, hidden_size = x.shape
+    block = triton.next_power_of_2(hidden_size)
+    _add_rms_norm_kernel[(num_tokens,)](
+        x,
+        residual,
+        weight,
+        out,
+        x.stride(0),
+        residual.stride(0),
+        hidden_size,
+        eps,
+        BLOCK=block,
+        num_warps=_num_warps(block),
+    )
+    return out
+
+
+def rope_and_cache(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.rope_and_cache`. The caches may be strided in their first two dimensions."""
+    num_tokens, head_dim = qkv.shape[0], cos_sin.shape[1]
+    all_heads = num_heads + 2 * num_kv_heads
+    half_padded = triton.next_power_of_2(head_dim // 2)
+    _rope_and_cache_kernel[(num_tokens, triton.cdiv(all_heads, _HEADS_PER_PROGRAM))](
+        qkv,
+        positions,
+        cos_sin,
+        k_cache,
+        v_cache,
+        slot_mapping,
+        q_weight,
+        k_weight,
+        qkv.stride(0),
+        k_cache.stride(0),
+        k_cache.stride(1),
+        v_cache.stride(0),
+        v_cache.stride(1),
+        eps,
+        BLOCK_SIZE=k_cache.shape[1],
+        H=num_heads,
+        K=num_kv_heads,
+        HALF=head_dim // 2,
+        HALF_PADDED=half_padded,
+        HEADS_PER_PROGRAM=_HEADS_PER_PROGRAM,
+        num_warps=_num_warps(_HEADS_PER_PROGRAM * half_padded),
+    )
+    heads = qkv.view(num_tokens, all_heads, head_dim)
+    q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+    return q, k, v
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`reference.silu_mul`."""
+    num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
+    _silu_mul_kernel[(num_tokens, triton.cdiv(size, _SILU_BLOCK))](
+        gate_up,
+        out,
+        gate_up.stride(0),
+        size,
+        BLOCK=_SILU_BLOCK,
+        num_warps=_num_warps(_SILU_BLOCK),
+    )
+    return out
+
+
+def _num_warps(num_elements: int) -> int:
+    return min(max(num_elements // _ELEMENTS_PER_WARP, 1), 16)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    size: tl.tensor,
+    eps: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps) * weight
+    tl.store(out_ptr + row * size + columns, normed, mask=inside)
+
+
+@triton.jit
+def _add_rms_norm_kernel(
+    x_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
+    size: tl.tensor,
+    eps: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    residual_ptrs = residual_ptr + row * residual_stride + columns
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    total = x + tl.load(residual_ptrs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(residual_ptrs, total, mask=inside)
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    normed = total * tl.rsqrt(tl.sum(total * total, axis=0) / size + eps) * weight
+    tl.store(out_ptr + row * size + columns, normed, mask=inside)
+
+
+@triton.jit
+def _rope_and_cache_kernel(
+    qkv_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    cos_sin_ptr: tl.tensor,
+    k_cache_ptr: tl.tensor,
+    v_cache_ptr: tl.tensor,
+    slot_mapping_ptr: tl.tensor,
+    q_weight_ptr: tl.tensor,
+    k_weight_ptr: tl.tensor,
+    qkv_stride: tl.tensor,
+    k_block_stride: tl.tensor,
+    k_slot_stride: tl.tensor,
+    v_block_stride: tl.tensor,
+    v_slot_stride: tl.tensor,
+    eps: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+    HEADS_PER_PROGRAM: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEADS_PER_PROGRAM + tl.arange(0, HEADS_PER_PROGRAM)[:, None]
+    dims = tl.arange(0, HALF_PADDED)[None, :]
+    inside = dims < HALF
+    is_q = heads < H
+    is_k = (heads >= H) & (heads < H + K)
+    is_v = (heads >= H + K) & (heads < H + 2 * K)
+
+    qkv_ptrs = qkv_ptr + token * qkv_stride + heads * (2 * HALF) + dims
+    present = inside & (heads < H + 2 * K)
+    first = tl.load(qkv_ptrs, mask=present, other=0.0).to(tl.float32)
+    second = tl.load(qkv_ptrs + HALF, mask=present, other=0.0).to(tl.float32)
+
+    slot = tl.load(slot_mapping_ptr + token)
+    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    v_ptrs = v_cache_ptr + block * v_block_stride + offset * v_slot_stride
+    v_ptrs += (heads - H - K) * (2 * HALF) + dims
+    tl.store(v_ptrs, first, mask=inside & is_v)
+    tl.store(v_ptrs + HALF, second, mask=inside & is_v)
+
+    if q_weight_ptr is not None:
+        first, second = _normed_heads(first, second, q_weight_ptr, dims, is_q, eps, HALF)
+    if k_weight_ptr is not None:
+        first, second = _normed_heads(first, second, k_weight_ptr, dims, is_k, eps, HALF)
+
+    cos_ptrs = cos_sin_ptr + tl.load(positions_ptr + token) * (2 * HALF) + dims
+    cos = tl.load(cos_ptrs, mask=inside, other=0.0)
+    sin = tl.load(cos_ptrs + HALF, mask=inside, other=0.0)
+    rotated_first = first * cos - second * sin
+    rotated_second = second * cos + first * sin
+    tl.store(qkv_ptrs, rotated_first, mask=inside & (is_q | is_k))
+    tl.store(qkv_ptrs + HALF, rotated_second, mask=inside & (is_q | is_k))
+
+    k_ptrs = k_cache_ptr + block * k_block_stride + offset * k_slot_stride
+    k_ptrs += (heads - H) * (2 * HALF) + dims
+    tl.store(k_ptrs, rotated_first, mask=inside & is_k)
+    tl.store(k_ptrs + HALF, rotated_second, mask=inside & is_k)
+
+
+@triton.jit
+def _normed_heads(
+    first: tl.tensor,
+    second: tl.tensor,
+    weight_ptr: tl.tensor,
+    dims: tl.tensor,
+    chosen: tl.tensor,
+    eps: tl.tensor,
+    HALF: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """RMSNorm over both halves of the chosen heads; the others as they are."""
+    weight_first = tl.load(weight_ptr + dims, mask=dims < HALF, other=0.0).to(tl.float32)
+    weight_second = tl.load(weight_ptr + HALF + dims, mask=dims < HALF, other=0.0).to(tl.float32)
+    square = tl.sum(first * first + second * second, axis=1, keep_dims=True)
+    scale = tl.rsqrt(square / (2 * HALF) + eps)
+    return (
+        tl.where(chosen, first * scale * weight_first, first),
+        tl.where(chosen, second * scale * weight_second, second),
+    )
+
+
+@triton.jit
+def _silu_mul_kernel(
+    gate_up_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    stride: tl.tensor,
+    size: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < size
+    gate_ptrs = gate_up_ptr + row * stride + columns
+    gate = tl.load(gate_ptrs, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + size, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * size + columns, gate * tl.sigmoid(gate) * up, mask=inside)

@@ -1,0 +1,80 @@
+"""How do token ids become logits? One dense decoder for every family, driven by ModelConfig.
+
+Letters: N tokens, n rows, E hidden, V vocab.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphengine.attention.base import AttentionBackend, DecodeMetadata, PrefillMetadata
+from graphengine.kernels import Kernels
+from graphengine.kv_cache import KVCache
+from graphengine.layers import DecoderLayer, empty_parameter, rope_table
+from graphengine.model_config import ModelConfig
+
+
+class DecoderModel(nn.Module):
+    """Embedding, decoder layers, norm and head, allocated on `device` and unset until weights.py
+    fills them. Call it under torch.inference_mode. A tied head is the embedding itself."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: Kernels,
+        attention: AttentionBackend,
+        max_model_len: int,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self._kernels = kernels
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = empty_parameter(shape, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(
+            DecoderLayer(
+                config,
+                # A window nobody can reach past is none: flash-attn is faster without.
+                window=window if window is not None and window < max_model_len else None,
+                dtype=dtype,
+                device=device,
+                kernels=kernels,
+                attention=attention,
+            )
+            for window in config.sliding_windows
+        )
+        self.norm = empty_parameter((config.hidden_size,), dtype=dtype, device=device)
+        self.lm_head = (
+            self.embed_tokens
+            if config.tie_word_embeddings
+            else empty_parameter(shape, dtype=dtype, device=device)
+        )
+        self._cos_sin = rope_table(
+            config.rope, head_dim=config.head_dim, num_positions=max_model_len, device=device
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv: KVCache,
+        metadata: DecodeMetadata | PrefillMetadata,
+    ) -> Tensor:
+        """input_ids and positions: int64 [N] -> hidden states after the last norm, [N, E].
+
+        Writes the tokens' keys and values to `kv` at metadata.slot_mapping. Positions must be below
+        max_model_len. With DecodeMetadata it does not sync on CUDA."""
+        residual = F.embedding(input_ids, self.embed_tokens)
+        added: Tensor | None = None
+        for layer, k_cache, v_cache in zip(self.layers, kv.k, kv.v, strict=True):
+            added = layer(added, residual, positions, self._cos_sin, k_cache, v_cache, metadata)
+        assert added is not None, "a ModelConfig has at least one layer"
+        return self._kernels.add_rms_norm(added, residual, self.norm, self.config.rms_norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, E] -> [n, V] in the model's dtype."""
+        return F.linear(hidden, self.lm_head)

@@ -1,0 +1,220 @@
+"""What does the device run? Model, KV cache and token feedback; the decode step and the prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from captures import (
+    Bank,
+    Banks,
+    BucketLadder,
+    CaptureReport,
+    EagerRunner,
+    GraphRunner,
+    Layout,
+    StepClock,
+    StepPipeline,
+    StepRunner,
+    Streams,
+)
+from graphengine.kernels import Kernels
+from graphengine.kv_cache import KVCache
+from graphengine.model import DecoderModel
+from graphengine.sampler import sample
+from graphengine.scheduler import DecodeBatch, PrefillBatch
+from graphengine.sequence_table import SequenceTable
+from graphengine.step_inputs import (
+    OUTPUT_FIELDS,
+    TOKEN_IDS,
+    PrefillLayout,
+    decode_fields,
+    decode_metadata,
+    fill_decode,
+    fill_prefill,
+    prefill_metadata,
+    sampling_tensors,
+)
+
+_View = TypeVar("_View")
+TokenIds = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A step on its way. `wait` blocks and gives its token ids, int64 [n]; call it once."""
+
+    batch: PrefillBatch | DecodeBatch
+    wait: Callable[[], TokenIds]
+
+
+class ModelRunner:
+    """Launches steps on one compute stream, on which everything that touches the KV cache or
+    last_token_ids runs, in launch order. Token values never leave the device to come back: the
+    next step reads them from last_token_ids, int64 [max_num_seqs + 1], by seq_idx."""
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        kv: KVCache,
+        table: SequenceTable,
+        *,
+        kernels: Kernels,
+        streams: Streams,
+        clock: StepClock,
+        ladder: BucketLadder,
+        use_graphs: bool,
+        max_num_batched_tokens: int,
+    ) -> None:
+        """`table` gives sizes only. With `use_graphs` every bucket is captured here."""
+        self._model = model
+        self._kv = kv
+        self._kernels = kernels
+        self._streams = streams
+        self._clock = clock
+        device = streams.device
+        self._last_token_ids = torch.zeros(table.null_idx + 1, dtype=torch.int64, device=device)
+
+        self._prefill_layout = PrefillLayout(table)
+        max_sequences = min(table.max_num_seqs, max_num_batched_tokens)
+        max_tokens = min(max_num_batched_tokens, max_sequences * table.token_ids.shape[1])
+        self._max_prefill = (max_tokens, max_sequences)
+        largest = self._prefill_layout.layouts(*self._max_prefill)
+        self._prefill_banks = Banks(
+            streams,
+            "prefill",
+            in_bytes=sum(layout.nbytes for layout in largest),
+            out_bytes=max_sequences * torch.int64.itemsize,
+        )
+        pipeline = StepPipeline(decode_fields(table), OUTPUT_FIELDS, ladder, streams, clock=clock)
+        # What was built so far was launched on another stream.
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self._runner: StepRunner
+        self.capture_report: CaptureReport | None = None
+        if use_graphs:
+            graph_runner = GraphRunner(pipeline, self.decode_step, streams)
+            self.capture_report = graph_runner.report
+            self._runner = graph_runner
+        else:
+            self._runner = EagerRunner(pipeline, self.decode_step)
+
+    def launch(self, batch: PrefillBatch | DecodeBatch, table: SequenceTable) -> Launched:
+        """Fills a bank from `table`, enqueues the step and returns. Blocks only if the bank's last
+        copy-in is still under way."""
+        if isinstance(batch, DecodeBatch):
+            return self._launch_decode(batch, table)
+        return self._launch_prefill(batch, table)
+
+    def decode_step(
+        self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
+    ) -> None:
+        """The StepFn: one token for each row, fed back on the device. Captured as a whole."""
+        with torch.inference_mode():
+            seq_indices, positions = inputs["seq_indices"], inputs["positions"]
+            hidden = self._model(
+                self._last_token_ids[seq_indices], positions, self._kv, decode_metadata(inputs)
+            )
+            self._sample(hidden, positions, seq_indices, inputs, outputs[TOKEN_IDS])
+
+    def prefill(
+        self,
+        tokens: Mapping[str, torch.Tensor],
+        sequences: Mapping[str, torch.Tensor],
+        batch: PrefillBatch,
+        out: torch.Tensor,
+    ) -> None:
+        """Runs a ragged prefill; out: int64 [S] gets one token for each sequence."""
+        n = len(batch.rows)
+        with torch.inference_mode():
+            metadata = prefill_metadata(tokens, sequences, batch)
+            hidden = self._model(tokens["input_ids"], tokens["positions"], self._kv, metadata)
+            rows = {name: view[:n] for name, view in sequences.items()}
+            self._sample(
+                hidden[rows["last_rows"]], rows["last_positions"], rows["seq_indices"], rows, out
+            )
+
+    def reset(self) -> None:
+        """Forgets every launch not waited for. Blocks until the device is done with them."""
+        self._streams.synchronize()
+        self._prefill_banks.reset()
+        self._runner.reset()
+        self._clock.drop_pending()
+
+    def close(self) -> None:
+        """Frees the graphs. Blocks until nothing runs."""
+        self._streams.synchronize()
+        self._runner.close()
+
+    def _sample(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        seq_indices: torch.Tensor,
+        params: Mapping[str, torch.Tensor],
+        out: torch.Tensor,
+    ) -> None:
+        token_ids = sample(
+            self._kernels, self._model.logits(hidden), sampling_tensors(params), positions
+        )
+        # Padded rows all write the null line, in any order; nobody reads it.
+        self._last_token_ids[seq_indices] = token_ids
+        out.copy_(token_ids)
+
+    def _launch_decode(self, batch: DecodeBatch, table: SequenceTable) -> Launched:
+        step = self._runner.open(len(batch.rows))
+        fill_decode(step.inputs, batch, table)
+        self._runner.launch(step)
+        return Launched(batch, lambda: cast(TokenIds, self._runner.wait(step)[TOKEN_IDS]))
+
+    def _launch_prefill(self, batch: PrefillBatch, table: SequenceTable) -> Launched:
+        num_sequences = len(batch.rows)
+        num_tokens = int((batch.ends - batch.starts).sum())
+        layouts = self._prefill_layout.layouts(num_tokens, num_sequences)
+        bank = self._prefill_banks.open()
+        tokens, sequences = _views(layouts, bank.host_in, Layout.host_views)
+        fill_prefill(tokens, sequences, batch, table)
+        out_bytes = num_sequences * torch.int64.itemsize
+
+        def run(bank: Bank) -> None:
+            self._clock.begin("prefill")
+            tokens, sequences = _views(layouts, bank.device_in, Layout.views)
+            self.prefill(tokens, sequences, batch, bank.device_out[:out_bytes].view(torch.int64))
+            self._clock.end()
+
+        def wait() -> TokenIds:
+            self._prefill_banks.wait(bank)
+            token_ids = bank.host_out[:out_bytes].view(torch.int64).numpy().copy()
+            self._prefill_banks.release(bank)
+            return token_ids
+
+        self._prefill_banks.launch(
+            bank, run, in_bytes=sum(layout.nbytes for layout in layouts), out_bytes=out_bytes
+        )
+        return Launched(batch, wait)
+
+    def run_largest_prefill(self, table: SequenceTable) -> None:
+        """Runs a prefill of the largest size there is, writing to the null block only: what memory
+        it takes is what any prefill takes at most. Blocks until done."""
+        num_tokens, num_sequences = self._max_prefill
+        ends = np.full(num_sequences, num_tokens // num_sequences)
+        ends[: num_tokens % num_sequences] += 1
+        null = np.full(num_sequences, table.null_idx)
+        samples = np.zeros(num_sequences, np.bool_)
+        batch = PrefillBatch(null, null, np.zeros_like(ends), ends, samples)
+        self._launch_prefill(batch, table).wait()
+
+
+def _views(
+    layouts: tuple[Layout, Layout],
+    buffer: torch.Tensor,
+    views: Callable[[Layout, torch.Tensor], dict[str, _View]],
+) -> tuple[dict[str, _View], dict[str, _View]]:
+    """The per-token and the per-sequence views of one buffer that holds both."""
+    tokens, sequences = layouts
+    return views(tokens, buffer), views(sequences, buffer[tokens.nbytes :])

@@ -1,0 +1,169 @@
+"""How are finished requests written? In input order: a line of JSON each, or the text."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, Protocol, TextIO
+
+from rich.console import Console
+from rich.text import Text
+
+from graphengine.errors import ConfigError
+from graphengine.request import FinishReason, RequestOutput
+
+STDOUT = "-"
+MAX_ERRORS_SHOWN = 10
+_MAX_PROMPT_CHARS = 200
+# A text may hold escape sequences, and a terminal would carry them out.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+class Writer(Protocol):
+    """Takes outputs in input order. `names_prompt`: a reader can tell which prompt a text belongs
+    to, so that a run cut short may leave gaps."""
+
+    names_prompt: bool
+
+    def write(self, output: RequestOutput) -> None: ...
+
+
+class InputOrder:
+    """Puts outputs that come as they finish back into input order.
+
+    What it holds back is bounded: requests are admitted in order, so the oldest one ends within
+    max_model_len steps, and each of these finishes at most max_num_seqs others."""
+
+    def __init__(self) -> None:
+        self._next_index = 0
+        self._held: dict[int, RequestOutput] = {}
+
+    def push(self, output: RequestOutput) -> Iterator[RequestOutput]:
+        """The outputs whose turn has come with this one."""
+        self._held[output.index] = output
+        while self._next_index in self._held:
+            yield self._held.pop(self._next_index)
+            self._next_index += 1
+
+    def rest(self) -> list[RequestOutput]:
+        """What is held back, in input order: there is something only if a run was cut short."""
+        return [self._held[index] for index in sorted(self._held)]
+
+
+def record(output: RequestOutput) -> dict[str, object]:
+    """One line of an output file. `error` is null unless the request failed."""
+    completion = output.outputs[0]
+    return {
+        "id": output.request_id,
+        "prompt": output.prompt,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": str(completion.finish_reason),
+        "stop_reason": completion.stop_reason,
+        "num_prompt_tokens": len(output.prompt_token_ids),
+        "num_output_tokens": len(completion.token_ids),
+        "error": output.error or None,
+    }
+
+
+def is_failed(output: RequestOutput) -> bool:
+    return output.outputs[0].finish_reason == FinishReason.ERROR
+
+
+class JsonlWriter:
+    """A line of JSON per output, UTF-8, handed to the system at once: a run cut short leaves whole
+    lines. `file` is binary; `name` is for the error if it cannot be written (ConfigError)."""
+
+    names_prompt = True
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file = file
+        self._name = name
+
+    def write(self, output: RequestOutput) -> None:
+        line = json.dumps(record(output), ensure_ascii=False) + "\n"
+        unwritten = memoryview(line.encode("utf-8"))
+        try:
+            while unwritten:  # an unbuffered file may take less than all
+                unwritten = unwritten[self._file.write(unwritten) :]
+            self._file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise ConfigError(
+                f"{self._name}: {error.strerror}; make room or write the output elsewhere"
+            ) from error
+
+
+class TextWriter:
+    """The text alone and a line end, for pipes; a failed request leaves an empty line there and
+    its error on standard error."""
+
+    names_prompt = False
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, output: RequestOutput) -> None:
+        self._file.write(output.outputs[0].text + "\n")
+        self._file.flush()
+
+
+class TerminalWriter:
+    """Prompt and text, legible, above a live progress bar if there is one; skips failed ones."""
+
+    names_prompt = True
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def write(self, output: RequestOutput) -> None:
+        if is_failed(output):
+            return  # standard error has named it
+        prompt = output.prompt if output.prompt is not None else f"request {output.request_id}"
+        if len(prompt) > _MAX_PROMPT_CHARS:
+            prompt = "..." + prompt[-_MAX_PROMPT_CHARS:]
+        block = Text(style="default")
+        block.append(_CONTROL.sub("\ufffd", prompt) + " -> ", style="dim")
+        block.append(_CONTROL.sub("\ufffd", output.outputs[0].text))
+        self._console.print(block, soft_wrap=True)
+
+
+def write_in_order(outputs: Iterable[RequestOutput], writer: Writer) -> None:
+    """Writes outputs in input order as they come. The first failures are also named on standard
+    error. If the run is cut short, what is finished but not at its turn is still written, where
+    the writer names prompts."""
+    order = InputOrder()
+    num_failed = 0
+    try:
+        for output in outputs:
+            if is_failed(output):
+                num_failed += 1
+                if num_failed <= MAX_ERRORS_SHOWN:
+                    print(f"error: request {output.request_id}: {output.error}", file=sys.stderr)
+            for ready in order.push(output):
+                writer.write(ready)
+    finally:
+        if writer.names_prompt:
+            for held in order.rest():
+                writer.write(held)
+
+
+def check_output_path(output: str, input_path: str | None) -> None:
+    """Raises ConfigError if a file of that name cannot be written, before a model is loaded. Leaves
+    a file that is there as it is."""
+    if output == STDOUT:
+        return
+    path = Path(output)
+    if path.is_dir():
+        raise ConfigError(f"--output {output} is a directory; give a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output {output}: no directory {path.parent}; make it first")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"--output {output}: not allowed to write there; give another name")
+    if input_path is not None and path.resolve() == Path(input_path).resolve():
+        raise ConfigError(f"--output {output} is the input file; give another name")

@@ -1,0 +1,118 @@
+"""What would fit? Weights, KV cache, graphs and sequences of a model, from its config alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from graphengine.build import blocks_in, check_one_sequence_fits, cpu_kv_bytes
+from graphengine.config import EngineConfig
+from graphengine.errors import CapacityError
+from graphengine.resolve import Resolved, resolve
+
+# Memory of a CUDA context with the libraries' workspaces, and of one captured bucket for each
+# layer: rounded up from an H200 (perf/LOG.md).
+_CONTEXT_BYTES = 700 * 2**20
+_GRAPH_BYTES_PER_LAYER = 64 * 2**10
+_SEQUENCE_LENGTHS = (256, 1024, 4096, 16384, 65536)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Bytes and counts; `working_bytes` and `graph_bytes` are estimates, the engine measures them.
+
+    sequences_by_length: how many sequences of so many tokens run at once, capped by max_num_seqs.
+    """
+
+    model: str
+    architecture: str
+    device: str
+    dtype: str
+    attention: str
+    num_parameters: int
+    weight_bytes: int
+    total_bytes: int | None
+    working_bytes: int
+    graph_bytes: int
+    kv_bytes: int
+    kv_bytes_per_token: int
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    buckets: tuple[int, ...]
+    sequences_by_length: dict[int, int]
+
+
+def plan(config: EngineConfig, *, gpu_memory_bytes: int | None = None) -> Plan:
+    """The plan of an engine with `config`; loads no weights and allocates nothing on the device.
+
+    gpu_memory_bytes: plan for a card of that size instead of the one in this machine. Raises what
+    making the engine would raise, CapacityError included."""
+    resolved = resolve(config)
+    if gpu_memory_bytes is None and resolved.device.type == "cuda":
+        gpu_memory_bytes = torch.cuda.get_device_properties(resolved.device).total_memory
+    weight_bytes = resolved.model_config.num_parameters * resolved.dtype.itemsize
+    working_bytes = _working_bytes(resolved)
+    graph_bytes = _graph_bytes(resolved) if gpu_memory_bytes and not config.enforce_eager else 0
+    num_blocks = _num_blocks(resolved, gpu_memory_bytes, weight_bytes + working_bytes + graph_bytes)
+    check_one_sequence_fits(num_blocks, resolved)
+    block_size, max_model_len = resolved.block_size, resolved.max_model_len
+    lengths = sorted({n for n in _SEQUENCE_LENGTHS if n < max_model_len} | {max_model_len})
+    return Plan(
+        model=str(resolved.model_path),
+        architecture=resolved.model_config.architecture,
+        device=resolved.device.type if gpu_memory_bytes is None else "cuda",
+        dtype=str(resolved.dtype).removeprefix("torch."),
+        attention=resolved.attention.name,
+        num_parameters=resolved.model_config.num_parameters,
+        weight_bytes=weight_bytes,
+        total_bytes=gpu_memory_bytes,
+        working_bytes=working_bytes,
+        graph_bytes=graph_bytes,
+        kv_bytes=(num_blocks + 1) * resolved.bytes_per_block,
+        kv_bytes_per_token=resolved.bytes_per_block // block_size,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        buckets=resolved.ladder.sizes,
+        sequences_by_length={
+            n: min(config.max_num_seqs, num_blocks // math.ceil(n / block_size)) for n in lengths
+        },
+    )
+
+
+def _num_blocks(resolved: Resolved, total_bytes: int | None, taken_bytes: int) -> int:
+    config = resolved.config
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override
+    if config.kv_cache_memory_bytes is not None:
+        return blocks_in(config.kv_cache_memory_bytes, resolved)
+    if total_bytes is None:
+        return blocks_in(cpu_kv_bytes(resolved), resolved)
+    granted = int(config.gpu_memory_utilization * total_bytes) - _CONTEXT_BYTES
+    if granted < taken_bytes:
+        raise CapacityError(
+            f"weights, graphs and a full prefill need about {taken_bytes / 2**30:.1f} GiB, "
+            f"{granted / 2**30:.1f} GiB are granted; take a larger card, raise "
+            "gpu_memory_utilization or lower max_num_batched_tokens"
+        )
+    return blocks_in(granted - taken_bytes, resolved)
+
+
+def _working_bytes(resolved: Resolved) -> int:
+    """A full prefill at its widest point, the MLP: residual, its norm, gate and up, their product;
+    or its logits."""
+    model, config = resolved.model_config, resolved.config
+    num_tokens = config.max_num_batched_tokens
+    wide = 2 * model.hidden_size + 3 * model.intermediate_size
+    logits = min(config.max_num_seqs, num_tokens) * model.vocab_size
+    return resolved.dtype.itemsize * max(num_tokens * wide, logits)
+
+
+def _graph_bytes(resolved: Resolved) -> int:
+    """The shared pool, which holds the largest bucket's logits, and each bucket's nodes."""
+    model, ladder = resolved.model_config, resolved.ladder
+    pool = resolved.dtype.itemsize * ladder.max_rows * (model.vocab_size + 4 * model.hidden_size)
+    return pool + len(ladder.sizes) * model.num_layers * _GRAPH_BYTES_PER_LAYER

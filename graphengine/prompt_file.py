@@ -1,0 +1,229 @@
+"""How does a prompt file become requests? Text or JSONL, one request a line, streamed.
+
+A file is JSONL if its name ends in .jsonl, .ndjson or .json, text if it ends in .txt, and otherwise
+JSONL if its first character that is not white space is "{".
+
+Text: a line is a prompt; an empty line is an error, since a line of output belongs to each line of
+input. JSONL: a line is an object with exactly one of `prompt` (a string), `messages` (a chat) and
+`prompt_token_ids`, and maybe an `id`; empty lines are skipped, other keys ignored, except for the
+names of sampling parameters, which would otherwise seem to have an effect.
+Only "\\n" ends a line; a "\\r" before it and a byte order mark at the start are dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from graphengine.errors import InputError
+from graphengine.request import Request, SamplingParams
+
+STDIN = "-"
+PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
+_JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_TEXT_SUFFIXES = (".txt",)
+_SAMPLING_KEYS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+_BOM = b"\xef\xbb\xbf"
+_SHOWN_CHARS = 60  # of a wrong value, in an error
+
+
+def read_requests(path: str | Path) -> Iterator[Request]:
+    """The requests of a prompt file ("-" is standard input), one line in memory at a time.
+
+    Raises InputError naming the file and the line when it comes to a line it cannot use."""
+    if str(path) == STDIN:
+        yield from _requests(sys.stdin.buffer, "<stdin>")
+        return
+    try:
+        with open(path, "rb") as file:
+            yield from _requests(file, str(path))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give a file of prompts") from error
+
+
+def count_requests(path: str | Path) -> int | None:
+    """How many requests a regular file holds, after a look at every line, so that a broken one is
+    found before a model is loaded. None for standard input and pipes, which can be read only once.
+
+    Raises InputError as `read_requests` does."""
+    if str(path) == STDIN:
+        return None
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode) and not os.path.isdir(path):
+            return None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give a file of prompts") from error
+    return sum(1 for _ in read_requests(path))
+
+
+def check_prompts(prompts: Iterable[str]) -> list[Request]:
+    """Requests from prompts given one by one. Raises InputError naming the one that is empty."""
+    requests = []
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt:
+            raise InputError(f"prompt {number} is empty; give it at least one character")
+        requests.append(Request(prompt))
+    return requests
+
+
+class UntilBroken:
+    """Passes requests on, and ends before one that cannot be read instead of raising, so that what
+    was read before it is still finished; `error` then says what was wrong, else it is None."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self.error: InputError | None = None
+        self._requests = requests
+
+    def __iter__(self) -> Iterator[Request]:
+        try:
+            yield from self._requests
+        except InputError as error:
+            self.error = error
+
+
+def _requests(file: BinaryIO, name: str) -> Iterator[Request]:
+    is_jsonl = _format_by_name(name)
+    num_requests = 0
+    for number, line in enumerate(file, start=1):
+        where = f"{name}:{number}"
+        text = _decode(line.removeprefix(_BOM) if number == 1 else line, where)
+        is_blank = not text.strip()
+        if is_jsonl is None and not is_blank:
+            is_jsonl = text.lstrip().startswith("{")
+        if not is_blank:
+            yield _parse_json(text, where) if is_jsonl else Request(text)
+            num_requests += 1
+        elif is_jsonl is False:
+            raise InputError(f"{where}: empty line; a prompt was expected, take the line out")
+    if num_requests == 0:
+        raise InputError(f"{name}: holds no prompt; give one a line")
+
+
+def _format_by_name(name: str) -> bool | None:
+    """Whether a file of that name is JSONL; None if the name does not tell."""
+    suffix = Path(name).suffix.lower()
+    if suffix in _JSONL_SUFFIXES:
+        return True
+    return False if suffix in _TEXT_SUFFIXES else None
+
+
+def _decode(line: bytes, where: str) -> str:
+    """The text of a line, without its end."""
+    line = line.removesuffix(b"\n").removesuffix(b"\r")
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in line:
+        raise InputError(f"{where}: holds NUL bytes or UTF-16; convert the file to UTF-8 text")
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{where}: byte {error.start + 1} is not UTF-8; convert the file to UTF-8 text"
+        ) from error
+
+
+def _parse_json(text: str, where: str) -> Request:
+    try:
+        entry = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{where}: broken JSON: {error.msg} at column {error.colno}; {_EXPECTED} on one line"
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number or a nesting past Python's limits
+        raise InputError(f"{where}: broken JSON: {error}; {_EXPECTED} on one line") from error
+    if not isinstance(entry, dict):
+        raise InputError(f"{where}: {_shown(entry)} is not a JSON object; {_EXPECTED}")
+    given = [key for key in PROMPT_KEYS if key in entry]
+    if len(given) != 1:
+        found = f"both {given[0]} and {given[1]}" if given else "no prompt"
+        raise InputError(f"{where}: has {found}; {_EXPECTED}")
+    for key in entry:
+        if key in _SAMPLING_KEYS:
+            raise InputError(
+                f"{where}: {key!r} cannot be set for one line; give it as an option for all"
+            )
+    key = given[0]
+    _CHECKS[key](entry[key], where)
+    prompt = entry[key] if key == "prompt" else {key: entry[key]}
+    return Request(prompt, request_id=_request_id(entry, where))
+
+
+_EXPECTED = 'expected {"prompt": ...}, {"messages": ...} or {"prompt_token_ids": ...}'
+
+
+def _request_id(entry: Mapping[str, object], where: str) -> str | None:
+    if "id" not in entry:
+        return None
+    value = entry["id"]
+    if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
+        raise InputError(f"{where}: id is {_shown(value)}; give a string or a whole number")
+    text = str(value)
+    _check_text("id", text, where)
+    return text
+
+
+def _check_prompt(value: object, where: str) -> None:
+    if not isinstance(value, str):
+        raise InputError(f"{where}: prompt is {_shown(value)}; give a string")
+    if not value:
+        raise InputError(f"{where}: prompt is empty; give it at least one character")
+    _check_text("prompt", value, where)
+
+
+def _check_messages(value: object, where: str) -> None:
+    if not isinstance(value, list) or not value:
+        raise InputError(
+            f"{where}: messages is {_shown(value)}; give a list of objects with role and content"
+        )
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise InputError(
+                f"{where}: messages holds {_shown(message)}; give objects with role and content"
+            )
+        # A message that only calls tools has no content; templates know that.
+        is_call = message.get("content") is None and "tool_calls" in message
+        if not is_call and not isinstance(message.get("content"), str | list):
+            raise InputError(
+                f"{where}: the content of a {message['role']!r} message is "
+                f"{_shown(message.get('content'))}; give a string"
+            )
+    _check_text("messages", json.dumps(value, ensure_ascii=False), where)
+
+
+def _check_token_ids(value: object, where: str) -> None:
+    if not isinstance(value, list) or not value:
+        raise InputError(
+            f"{where}: prompt_token_ids is {_shown(value)}; give a list of whole numbers"
+        )
+    for token_id in value:
+        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+            raise InputError(
+                f"{where}: prompt_token_ids holds {_shown(token_id)}; give whole numbers from 0 up"
+            )
+
+
+_CHECKS = {
+    "prompt": _check_prompt,
+    "messages": _check_messages,
+    "prompt_token_ids": _check_token_ids,
+}
+
+
+def _check_text(name: str, text: str, where: str) -> None:
+    """JSON can spell half a surrogate pair ("\\ud800"), which is no text: no tokenizer takes it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: {name} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}); "
+            "take it out"
+        ) from error
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."

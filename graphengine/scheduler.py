@@ -1,0 +1,237 @@
+"""Which sequences run in the next step, and what do a step's results change?
+
+Works from counts, never from token values, so that a step can be scheduled while the one before it
+still runs. Cost per step does not depend on the number of waiting requests.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from graphengine.block_manager import BlockManager
+from graphengine.request import FinishReason, Sequence
+from graphengine.sequence_table import SequenceTable
+
+Rows = npt.NDArray[np.int64]
+
+# Free blocks an admission must leave, as a share of the running sequences: each of them needs one
+# more block every block_size steps, and the sequence admitted last is the first to be preempted.
+_WATERMARK_SHARE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """One token for each sequence in `rows`: seq_idx int64 [n]; epochs int64 [n]."""
+
+    rows: Rows
+    epochs: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillBatch:
+    """Tokens starts[i]..ends[i] of each sequence in `rows`. Where `samples` is false the prompt
+    goes on in a later step and the row's token means nothing. int64 [S], samples bool [S]."""
+
+    rows: Rows
+    epochs: Rows
+    starts: Rows
+    ends: Rows
+    samples: npt.NDArray[np.bool_]
+
+
+class Scheduler:
+    def __init__(
+        self, table: SequenceTable, blocks: BlockManager, *, max_num_batched_tokens: int
+    ) -> None:
+        self._table = table
+        self._blocks = blocks
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._waiting: deque[Sequence] = deque()
+        # seq_idx in arrival order, oldest first. A line is in exactly one of these three.
+        self._running: Rows = np.empty(0, np.int64)
+        self._prefilling: deque[int] = deque()  # prompt begun, more chunks to come
+        self._preempted: list[tuple[int, int]] = []  # (arrival, seq_idx)
+        self._num_arrivals = 0
+        self._idle_rows = 0
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a line: decoding, prefilling or preempted."""
+        return self._table.max_num_seqs - self._table.num_free
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting) or self.num_running > 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence. Its max_total fits max_model_len, and one such sequence fits the pool:
+        both are checked before, so every sequence can run to its end once it is alone."""
+        self._waiting.append(sequence)
+
+    def schedule(self) -> PrefillBatch | DecodeBatch | None:
+        """The next step, its counts already advanced as if it had run. None when every running
+        sequence waits for a result in flight (or nothing runs)."""
+        if self._prefill_is_due():
+            prefill = self._schedule_prefill()
+            if prefill is not None:
+                return prefill
+        return self._schedule_decode()
+
+    def commit(
+        self, batch: PrefillBatch | DecodeBatch, token_ids: npt.NDArray[np.int64]
+    ) -> tuple[Rows, list[Sequence]]:
+        """Appends a step's tokens, int64 [n], and ends sequences at stop ids and lengths.
+
+        Returns the rows that got a token and still run, and the sequences that ended. Overshoot
+        rows, launched before their sequence was known to have ended, are dropped here and nowhere
+        else. Steps must be committed in the order they were scheduled.
+        """
+        table = self._table
+        live = table.epochs[batch.rows] == batch.epochs
+        if isinstance(batch, PrefillBatch):
+            live &= batch.samples
+        rows, ids = batch.rows[live], token_ids[live]
+        at = table.num_tokens[rows]
+        table.token_ids[rows, at] = ids
+        table.num_tokens[rows] = at + 1
+        stopped = table.has_stop_ids[rows] & (table.stop_ids[rows] == ids[:, None]).any(axis=1)
+        stopped &= at >= table.min_total[rows]
+        full = at + 1 == table.max_total[rows]
+        ended = stopped | full
+        finished = []
+        if ended.any():
+            for idx, token_id, is_stop in zip(
+                rows[ended].tolist(), ids[ended].tolist(), stopped[ended].tolist(), strict=True
+            ):
+                reason = FinishReason.STOP if is_stop else FinishReason.LENGTH
+                sequence = table.sequences[idx]
+                assert sequence is not None
+                given = is_stop and token_id in sequence.params.stop_token_ids
+                finished.append(self.finish(idx, reason, stop_reason=token_id if given else None))
+        return rows[~ended], finished
+
+    def finish(
+        self, idx: int, reason: FinishReason, *, stop_reason: int | str | None = None
+    ) -> Sequence:
+        """Ends a sequence that holds line `idx` and frees its blocks and line."""
+        table = self._table
+        sequence = table.sequences[idx]
+        assert sequence is not None
+        sequence.output_token_ids = table.output_token_ids(idx)
+        sequence.finish_reason = reason
+        sequence.stop_reason = stop_reason
+        self._blocks.free(table.take_blocks(idx))
+        self._running = self._running[self._running != idx]
+        self._preempted = [entry for entry in self._preempted if entry[1] != idx]
+        table.release(idx)
+        return sequence
+
+    # --- prefill
+
+    def _prefill_is_due(self) -> bool:
+        """Whether prefilling now beats waiting for more prompts.
+
+        A prefill stalls the running rows for about one weight read whatever its size; each step of
+        waiting leaves the rows it could fill idle. Waiting until the idle rows add up to the rows
+        stalled costs at most twice the best choice (the ski-rental rule).
+        """
+        if self._prefilling or len(self._running) == 0:
+            return True
+        fillable = min(self._table.num_free, len(self._waiting)) + len(self._preempted)
+        if fillable == 0:
+            self._idle_rows = 0
+            return False
+        self._idle_rows += fillable
+        return self._idle_rows >= len(self._running)
+
+    def _schedule_prefill(self) -> PrefillBatch | None:
+        table = self._table
+        budget = self._max_num_batched_tokens
+        entries: list[tuple[int, int, int, bool]] = []
+        while budget > 0 and (self._prefilling or self._admit()):
+            idx = self._prefilling[0]
+            start, total = int(table.num_computed[idx]), int(table.num_tokens[idx])
+            end = min(total, start + budget)
+            entries.append((idx, start, end, end == total))
+            budget -= end - start
+            table.num_computed[idx] = end
+            if end == total:
+                table.num_launched[idx] = total + 1
+                self._prefilling.popleft()
+        if not entries:
+            return None
+        self._idle_rows = 0
+        rows, starts, ends, samples = (np.array(column) for column in zip(*entries, strict=True))
+        started = np.concatenate([self._running, rows[samples]])
+        self._running = started[np.argsort(table.arrivals[started])]
+        return PrefillBatch(rows, table.epochs[rows], starts, ends, samples)
+
+    def _admit(self) -> bool:
+        """Moves the next preempted or waiting sequence to prefilling if its blocks are free."""
+        table, blocks = self._table, self._blocks
+        if self._preempted:
+            _, idx = self._preempted[0]
+            # Its tokens in flight are not known to the host yet, so they cannot be prefilled.
+            if table.num_launched[idx] != table.num_tokens[idx]:
+                return False
+        elif self._waiting and table.num_free:
+            idx = -1
+        else:
+            return False
+        prompt = self._waiting[0].prompt_token_ids if idx < 0 else ()
+        needed = blocks.blocks_for(len(prompt) or int(table.num_tokens[idx]))
+        watermark = len(self._running) // _WATERMARK_SHARE
+        if needed > blocks.num_free - watermark:
+            return False
+        if idx >= 0:
+            self._preempted.pop(0)
+        else:
+            idx = table.acquire(self._waiting.popleft(), self._num_arrivals)
+            self._num_arrivals += 1
+        table.give_blocks(idx, blocks.allocate(needed))
+        self._prefilling.append(idx)
+        return True
+
+    # --- decode
+
+    def _schedule_decode(self) -> DecodeBatch | None:
+        table, blocks = self._table, self._blocks
+        rows = self._running
+        # A sequence whose last token is in flight needs no row: length stops never overshoot.
+        rows = rows[table.num_launched[rows] < table.max_total[rows]]
+        full = rows[table.num_computed[rows] == table.num_blocks[rows] * table.block_size]
+        preempted: set[int] = set()
+        candidates = rows.tolist() if len(full) > blocks.num_free else []
+        for idx in full.tolist():
+            while idx not in preempted and blocks.num_free == 0:
+                victim = candidates.pop()  # the one that arrived last
+                self._preempt(victim)
+                preempted.add(victim)
+            if idx not in preempted:
+                table.give_blocks(idx, blocks.allocate(1))
+        if preempted:
+            rows = rows[~np.isin(rows, list(preempted))]
+        if len(rows) == 0:
+            return None
+        table.num_computed[rows] += 1
+        table.num_launched[rows] += 1
+        return DecodeBatch(rows, table.epochs[rows])
+
+    def _preempt(self, idx: int) -> None:
+        """Frees a sequence's blocks; it is prefilled again, output included, when there is room."""
+        table = self._table
+        self._blocks.free(table.take_blocks(idx))
+        table.num_computed[idx] = 0
+        self._running = self._running[self._running != idx]
+        insort(self._preempted, (int(table.arrivals[idx]), idx))
+        self.num_preemptions += 1

@@ -1,0 +1,166 @@
+"""What does a step read? The decode fields and how they are filled; ragged prefill inputs.
+
+Letters: B rows of a decode bucket, T tokens and S sequences of a prefill, W blocks per sequence,
+M stop ids per sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from captures import Arena, Field, HostArrays, Layout
+from graphengine.attention.base import DecodeMetadata, PrefillMetadata
+from graphengine.block_manager import NULL_BLOCK
+from graphengine.config import MAX_STOP_IDS
+from graphengine.sampler import SamplingTensors
+from graphengine.scheduler import DecodeBatch, PrefillBatch, Rows
+from graphengine.sequence_table import SequenceTable
+
+TOKEN_IDS = "token_ids"
+OUTPUT_FIELDS = (Field(TOKEN_IDS, torch.int64),)
+
+
+def _sampling_fields() -> tuple[Field, ...]:
+    # A padded row is a greedy row: it costs the least.
+    return (
+        Field("temperature", torch.float32),
+        Field("top_k", torch.int32),
+        Field("top_p", torch.float32, pad=1.0),
+        Field("min_p", torch.float32),
+        Field("seeds", torch.int64),
+        Field("stop_ids", torch.int64, (MAX_STOP_IDS,)),
+        Field("suppress_stops", torch.int32),
+    )
+
+
+def decode_fields(table: SequenceTable) -> tuple[Field, ...]:
+    """Inputs of a decode step. A padded row is the null sequence at position 0 of the null block:
+    finite values, and all it writes goes where nothing is ever read."""
+    return (
+        Field("seq_indices", torch.int64, pad=table.null_idx),
+        Field("positions", torch.int64),
+        Field("slot_mapping", torch.int64, pad=NULL_BLOCK),
+        Field("context_lens", torch.int32, pad=1),
+        Field("block_tables", torch.int32, (table.width,), pad=NULL_BLOCK),
+        *_sampling_fields(),
+    )
+
+
+def fill_decode(views: HostArrays, batch: DecodeBatch, table: SequenceTable) -> None:
+    """Writes rows 0..n of `views` for the n sequences of `batch`, whose counts the scheduler has
+    advanced already. Gathers only: no Python per row."""
+    rows = batch.rows
+    n = len(rows)
+    positions = table.num_computed[rows].astype(np.int64) - 1
+    blocks = table.block_tables[rows, positions // table.block_size].astype(np.int64)
+    views["seq_indices"][:n] = rows
+    views["positions"][:n] = positions
+    views["slot_mapping"][:n] = blocks * table.block_size + positions % table.block_size
+    views["context_lens"][:n] = positions + 1
+    np.take(table.block_tables, rows, axis=0, out=views["block_tables"][:n], mode="clip")
+    _fill_sampling(views, rows, table.num_launched[rows] - 1, table)
+
+
+def _fill_sampling(
+    views: HostArrays, rows: Rows, num_before: npt.NDArray[np.int32], table: SequenceTable
+) -> None:
+    """num_before: int32 [n], tokens each sequence has before the one this step samples."""
+    n = len(rows)
+    for name in ("temperature", "top_k", "top_p", "min_p", "seeds"):
+        views[name][:n] = getattr(table, name)[rows]
+    np.take(table.stop_ids, rows, axis=0, out=views["stop_ids"][:n], mode="clip")
+    views["suppress_stops"][:n] = table.has_stop_ids[rows] & (num_before < table.min_total[rows])
+
+
+def decode_metadata(inputs: Mapping[str, torch.Tensor]) -> DecodeMetadata:
+    return DecodeMetadata(inputs["slot_mapping"], inputs["block_tables"], inputs["context_lens"])
+
+
+def sampling_tensors(inputs: Mapping[str, torch.Tensor]) -> SamplingTensors:
+    return SamplingTensors(
+        temperature=inputs["temperature"],
+        top_k=inputs["top_k"],
+        top_p=inputs["top_p"],
+        min_p=inputs["min_p"],
+        seeds=inputs["seeds"],
+        stop_ids=inputs["stop_ids"],
+        suppress_stops=inputs["suppress_stops"],
+    )
+
+
+class PrefillLayout:
+    """Packs a prefill's per-token and per-sequence inputs into one buffer. The per-sequence part
+    has S + 1 rows, since cu_seqlens need them; its last row is otherwise a padded one."""
+
+    def __init__(self, table: SequenceTable) -> None:
+        self._tokens = Arena(
+            (
+                Field("input_ids", torch.int64),
+                Field("positions", torch.int64),
+                Field("slot_mapping", torch.int64),
+            )
+        )
+        self._sequences = Arena(
+            (
+                Field("seq_indices", torch.int64, pad=table.null_idx),
+                Field("last_rows", torch.int64),
+                Field("last_positions", torch.int64),
+                Field("cu_seqlens_q", torch.int32),
+                Field("cu_seqlens_k", torch.int32),
+                Field("block_tables", torch.int32, (table.width,), pad=NULL_BLOCK),
+                *_sampling_fields(),
+            )
+        )
+
+    def layouts(self, num_tokens: int, num_sequences: int) -> tuple[Layout, Layout]:
+        return self._tokens.layout(num_tokens), self._sequences.layout(num_sequences + 1)
+
+
+def fill_prefill(
+    tokens: HostArrays, sequences: HostArrays, batch: PrefillBatch, table: SequenceTable
+) -> None:
+    """Writes all T rows of `tokens` and all S + 1 of `sequences` for the S sequences of `batch`.
+
+    A row that samples nothing yet carries the null seq_idx, so its token is fed back to nobody.
+    """
+    lengths = batch.ends - batch.starts
+    ends = np.cumsum(lengths)
+    # Row number within the packed tokens > position within its sequence.
+    offsets = np.repeat(batch.starts - (ends - lengths), lengths)
+    positions = np.arange(int(ends[-1])) + offsets
+    rows = np.repeat(batch.rows, lengths)
+    blocks = table.block_tables[rows, positions // table.block_size].astype(np.int64)
+    tokens["input_ids"][:] = table.token_ids[rows, positions]
+    tokens["positions"][:] = positions
+    tokens["slot_mapping"][:] = blocks * table.block_size + positions % table.block_size
+
+    n = len(batch.rows)
+    sequences["seq_indices"][:n] = np.where(batch.samples, batch.rows, table.null_idx)
+    sequences["last_rows"][:n] = ends - 1
+    sequences["last_positions"][:n] = batch.ends - 1
+    for name, counts in (("cu_seqlens_q", lengths), ("cu_seqlens_k", batch.ends)):
+        sequences[name][0] = 0
+        sequences[name][1:] = np.cumsum(counts)
+    np.take(table.block_tables, batch.rows, axis=0, out=sequences["block_tables"][:n])
+    _fill_sampling(sequences, batch.rows, batch.ends.astype(np.int32), table)
+
+
+def prefill_metadata(
+    tokens: Mapping[str, torch.Tensor],
+    sequences: Mapping[str, torch.Tensor],
+    batch: PrefillBatch,
+) -> PrefillMetadata:
+    n = len(batch.rows)
+    return PrefillMetadata(
+        slot_mapping=tokens["slot_mapping"],
+        cu_seqlens_q=sequences["cu_seqlens_q"],
+        cu_seqlens_k=sequences["cu_seqlens_k"],
+        block_tables=sequences["block_tables"][:n],
+        max_seqlen_q=int((batch.ends - batch.starts).max()),
+        max_seqlen_k=int(batch.ends.max()),
+        has_context=bool(batch.starts.any()),
+    )

@@ -1,0 +1,119 @@
+"""How does text become tokens and back? The checkpoint's own tokenizer, and stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from graphengine.errors import ModelError, RequestError
+
+_REPLACEMENT = "\ufffd"  # what an unfinished multi-byte character decodes to
+
+
+class Tokenizer:
+    """A Hugging Face tokenizer. Chat templates run in transformers' sandbox; code that a checkpoint
+    brings is never run."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ModelError if `path` holds no tokenizer that loads without running its code."""
+        from transformers import AutoTokenizer  # here and not above: it takes seconds
+
+        try:
+            self.hf: Any = AutoTokenizer.from_pretrained(
+                str(path), trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # a dozen kinds, by file and version
+            reason = " ".join(str(error).split())
+            raise ModelError(
+                f"no usable tokenizer in {str(path)!r} ({reason}); add its files, give tokenizer="
+                " another directory, or set skip_tokenizer_init and send prompt_token_ids"
+            ) from error
+
+    @property
+    def eos_token_id(self) -> int | None:
+        token_id: int | None = self.hf.eos_token_id
+        return token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt, special tokens added as the tokenizer is configured to."""
+        ids: list[int] = self.hf.encode(text)
+        return ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
+        """Token ids of a conversation, ready for the assistant's turn. Raises RequestError without
+        a chat template, or where the template refuses the messages."""
+        if not self.hf.chat_template:
+            raise RequestError(
+                "the request has messages, but the model has no chat template; send a prompt"
+            )
+        try:
+            text = self.hf.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # whatever a template raises on hostile rows
+            reason = " ".join(str(error).split())
+            raise RequestError(f"the chat template refuses the messages: {reason}") from error
+        # The template wrote the special tokens already.
+        ids: list[int] = self.hf.encode(text, add_special_tokens=False)
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        text: str = self.hf.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+
+class StopStrings:
+    """Finds the first stop string in one sequence's output as it grows, token by token.
+
+    Only a window of tokens is decoded each time. Text is taken up only once it is whole: an
+    unfinished multi-byte character decodes to U+FFFD and waits for the token that ends it. The
+    window starts one settled piece before the new tokens, since a token can decode differently at
+    the start of a text (Llama 2 drops a leading space there).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: Sequence[str],
+        *,
+        min_tokens: int,
+        skip_special_tokens: bool,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._min_tokens = min_tokens
+        self._skip_special_tokens = skip_special_tokens
+        self._token_ids: list[int] = []
+        self._window = 0  # first token that is decoded
+        self._settled = 0  # tokens whose text is in _text
+        self._text = ""
+        self._closed_to = 0  # characters of the first min_tokens tokens: no match may end there
+
+    def push(self, token_id: int) -> tuple[str, str] | None:
+        """Takes one more token. Once a stop string is complete: that string, and the text before
+        it."""
+        self._token_ids.append(token_id)
+        searched = len(self._text)
+        before = self._decode(self._token_ids[self._window : self._settled])
+        now = self._decode(self._token_ids[self._window :])
+        if len(now) > len(before) and not now.endswith(_REPLACEMENT):
+            self._text += now[len(before) :]
+            self._window, self._settled = self._settled, len(self._token_ids)
+        if len(self._token_ids) <= self._min_tokens:
+            self._closed_to = len(self._text)
+            return None
+        # A match must end in text that was not searched before.
+        searched = max(searched, self._closed_to)
+        found = [
+            (at, text)
+            for text in self._stop
+            if (at := self._text.find(text, max(0, searched - len(text) + 1))) >= 0
+        ]
+        if not found:
+            return None
+        at, text = min(found)
+        return text, self._text[:at]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)

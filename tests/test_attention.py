@@ -1,0 +1,304 @@
+"""Is paged attention plain attention? The reference against torch's own, flash by its arguments."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from graphengine.attention import DecodeMetadata, PrefillMetadata, make_attention
+from graphengine.attention.flash import FlashAttention
+from graphengine.attention.reference import ReferenceAttention
+from graphengine.errors import BackendError, ConfigError
+
+CPU = torch.device("cpu")
+NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 6, 2, 8
+WINDOWS = [None, 1, 5, 1000]
+# float32 against float64; values have a standard deviation of 1.
+TOLERANCE = 1e-5
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
+    """q [n, H, D] at the end of k, v [T, K, D] -> [n, H, D], one query at a time in float64."""
+    out = torch.empty(q.shape, dtype=torch.float64)
+    for row in range(len(q)):
+        end = len(k) - len(q) + row + 1
+        start = 0 if window is None else max(0, end - window)
+        for head in range(NUM_HEADS):
+            kv_head = head // (NUM_HEADS // NUM_KV_HEADS)
+            keys, values = k[start:end, kv_head].double(), v[start:end, kv_head].double()
+            weights = (keys @ q[row, head].double() / HEAD_DIM**0.5).softmax(0)
+            out[row, head] = weights @ values
+    return out
+
+
+class Cache:
+    """Random keys and values of some sequences, scattered over blocks; the rest is NaN."""
+
+    def __init__(
+        self,
+        lengths: list[int],
+        *,
+        block_size: int = 4,
+        head_dim: int = HEAD_DIM,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
+        seed: int = 0,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.width = max(-(-n // block_size) for n in lengths) + 1  # one column nobody uses
+        num_blocks = 1 + len(lengths) * self.width
+        ids = 1 + torch.randperm(num_blocks - 1, generator=generator)
+        self.tables = ids.view(len(lengths), self.width).to(torch.int32)
+        shape = (num_blocks, block_size, NUM_KV_HEADS, head_dim)
+        self.k_cache, self.v_cache = torch.full((2, *shape), float("nan"), dtype=dtype)
+        self.k, self.v = [], []
+        for table, length in zip(self.tables, lengths, strict=True):
+            k, v = torch.randn(2, length, *shape[2:], generator=generator).to(dtype)
+            for position in range(length):
+                block = table[position // block_size]
+                self.k_cache[block, position % block_size] = k[position]
+                self.v_cache[block, position % block_size] = v[position]
+            self.k.append(k)
+            self.v.append(v)
+        self.k_cache, self.v_cache = self.k_cache.to(device), self.v_cache.to(device)
+        self.tables = self.tables.to(device)
+
+    def prefill_metadata(self, q_lengths: list[int], *, has_context: bool) -> PrefillMetadata:
+        k_lengths = [len(k) for k in self.k]
+        return PrefillMetadata(
+            slot_mapping=torch.zeros(sum(q_lengths), dtype=torch.int64),  # already written
+            cu_seqlens_q=borders(q_lengths).to(self.tables.device),
+            cu_seqlens_k=borders(k_lengths).to(self.tables.device),
+            block_tables=self.tables,
+            max_seqlen_q=max(q_lengths),
+            max_seqlen_k=max(k_lengths),
+            has_context=has_context,
+        )
+
+    def decode_metadata(self) -> DecodeMetadata:
+        lengths = torch.tensor([len(k) for k in self.k], dtype=torch.int32)
+        return DecodeMetadata(
+            slot_mapping=torch.zeros(len(self.k), dtype=torch.int64),  # already written
+            block_tables=self.tables,
+            context_lens=lengths.to(self.tables.device),
+        )
+
+
+def borders(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def random_queries(num_rows: int, head_dim: int = HEAD_DIM) -> Tensor:
+    """Strided, as the view of a fused product is."""
+    generator = torch.Generator().manual_seed(9)
+    return torch.randn(num_rows, NUM_HEADS + 3, head_dim, generator=generator)[:, :NUM_HEADS]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_decode_is_attention_over_the_context(window: int | None) -> None:
+    cache = Cache([1, 4, 5, 19])
+    q = random_queries(4)
+    out = ReferenceAttention().decode(
+        q, cache.k_cache, cache.v_cache, cache.decode_metadata(), window=window
+    )
+    for row in range(4):
+        expected = oracle(q[row : row + 1], cache.k[row], cache.v[row], window=window)
+        assert (out[row] - expected[0]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_prefill_without_context_reads_the_steps_own_keys(window: int | None) -> None:
+    lengths = [1, 4, 300, 13]  # more than one slab of queries
+    cache = Cache(lengths)
+    q = random_queries(sum(lengths))
+    nothing = torch.full_like(cache.k_cache, float("nan"))
+    metadata = cache.prefill_metadata(lengths, has_context=False)
+    out = ReferenceAttention().prefill(
+        q, torch.cat(cache.k), torch.cat(cache.v), nothing, nothing, metadata, window=window
+    )
+    for part, rows, k, v in zip(
+        out.split(lengths), q.split(lengths), cache.k, cache.v, strict=True
+    ):
+        assert (part - oracle(rows, k, v, window=window)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_prefill_with_context_reads_the_cache(window: int | None) -> None:
+    q_lengths = [1, 3, 270, 9]
+    cache = Cache([20, 3, 290, 10])
+    q = random_queries(sum(q_lengths))
+    nothing = torch.full((len(q), NUM_KV_HEADS, HEAD_DIM), float("nan"))
+    metadata = cache.prefill_metadata(q_lengths, has_context=True)
+    out = ReferenceAttention().prefill(
+        q, nothing, nothing, cache.k_cache, cache.v_cache, metadata, window=window
+    )
+    for part, rows, k, v in zip(
+        out.split(q_lengths), q.split(q_lengths), cache.k, cache.v, strict=True
+    ):
+        assert (part - oracle(rows, k, v, window=window)).abs().max() < TOLERANCE
+
+
+def test_rows_of_a_decode_batch_do_not_influence_each_other() -> None:
+    cache = Cache([3, 17, 8])
+    q = random_queries(3)
+    attention = ReferenceAttention()
+    before = attention.decode(q, cache.k_cache, cache.v_cache, cache.decode_metadata(), window=None)
+    broken = cache.tables[1].long()
+    cache.k_cache[broken], cache.v_cache[broken] = float("nan"), float("nan")
+    after = attention.decode(q, cache.k_cache, cache.v_cache, cache.decode_metadata(), window=None)
+    assert after[1].isnan().all()
+    assert torch.equal(after[[0, 2]], before[[0, 2]])
+
+
+def test_half_precision_is_rounded_only_at_the_end() -> None:
+    cache = Cache([40], dtype=torch.bfloat16)
+    q = random_queries(1).bfloat16()
+    out = ReferenceAttention().decode(
+        q, cache.k_cache, cache.v_cache, cache.decode_metadata(), window=None
+    )
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        out.double(), oracle(q, cache.k[0], cache.v[0], window=None), rtol=2**-8, atol=1e-5
+    )
+
+
+def test_auto_is_the_reference_on_the_cpu() -> None:
+    for name in ("auto", "reference"):
+        attention = make_attention(name, CPU)
+        assert (attention.name, attention.default_block_size) == ("reference", 16)
+        attention.check(block_size=3, head_dim=10, dtype=torch.float64, device=CPU)
+
+
+def test_flash_on_the_cpu_is_an_error() -> None:
+    with pytest.raises(BackendError, match="runs on CUDA, the device is cpu"):
+        make_attention("flash", CPU)
+
+
+@pytest.mark.parametrize("name", ["auto", "flash"])
+def test_missing_flash_attn_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(BackendError, match=r'pip install "graphengine\[cuda\]"') as caught:
+        make_attention(name, torch.device("cuda"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Stands in for flash-attn; lists the arguments of each call."""
+    calls: list[dict[str, Any]] = []
+
+    def recorder(name: str) -> Callable[..., Tensor]:
+        def call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+            calls.append({"name": name, "q": q, "k": k, "v": v, **options})
+            return torch.zeros(q.shape)
+
+        return call
+
+    module = ModuleType("flash_attn")
+    module.__dict__["flash_attn_varlen_func"] = recorder("varlen")
+    module.__dict__["flash_attn_with_kvcache"] = recorder("with_kvcache")
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    return calls
+
+
+def test_flash_prefill_pages_only_with_context(flash_calls: list[dict[str, Any]]) -> None:
+    cache = Cache([5, 9])
+    q = random_queries(14)
+    k, v = torch.cat(cache.k), torch.cat(cache.v)
+    for has_context, window in ((False, None), (True, 4)):
+        metadata = cache.prefill_metadata([5, 9], has_context=has_context)
+        FlashAttention().prefill(q, k, v, cache.k_cache, cache.v_cache, metadata, window=window)
+    plain, paged = flash_calls
+    assert (plain["name"], plain["k"] is k, plain["v"] is v) == ("varlen", True, True)
+    assert (plain["block_table"], plain["window_size"]) == (None, (-1, -1))
+    assert (paged["k"] is cache.k_cache, paged["v"] is cache.v_cache) == (True, True)
+    assert (paged["block_table"] is cache.tables, paged["window_size"]) == (True, (3, 0))
+    assert all(call["causal"] and call["max_seqlen_k"] == 9 for call in flash_calls)
+
+
+def test_flash_decode_gives_each_row_one_query(flash_calls: list[dict[str, Any]]) -> None:
+    cache = Cache([5, 9])
+    metadata = cache.decode_metadata()
+    out = FlashAttention().decode(
+        random_queries(2), cache.k_cache, cache.v_cache, metadata, window=4
+    )
+    (call,) = flash_calls
+    assert out.shape == (2, NUM_HEADS, HEAD_DIM)
+    assert call["q"].shape == (2, 1, NUM_HEADS, HEAD_DIM)
+    assert call["cache_seqlens"] is metadata.context_lens
+    assert (call["window_size"], call["causal"]) == ((3, 0), True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"device": CPU}, BackendError, "the device is cpu"),
+        ({"block_size": 128}, ConfigError, "block_size is 128; .* multiple of 256"),
+        ({"dtype": torch.float32}, ConfigError, "dtype is float32; .* bfloat16 or float16"),
+        ({"head_dim": 264}, BackendError, "head_dim is 264; .* at most 256"),
+        ({"head_dim": 20}, BackendError, "head_dim is 20; .* multiple of 8"),
+    ],
+)
+@pytest.mark.usefixtures("flash_calls")
+def test_flash_checks_its_limits(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    good: dict[str, Any] = {
+        "block_size": 512,
+        "head_dim": 128,
+        "dtype": torch.bfloat16,
+        "device": torch.device("cuda"),
+    }
+    FlashAttention().check(**good)
+    with pytest.raises(error, match=message):
+        FlashAttention().check(**{**good, **change})
+
+
+@pytest.mark.usefixtures("flash_calls")
+def test_flash_refuses_an_old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (7, 5))
+    with pytest.raises(BackendError, match=r"needs compute capability 8\.0, this GPU has 7\.5"):
+        FlashAttention().check(
+            block_size=256, head_dim=64, dtype=torch.float16, device=torch.device("cuda")
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 1, 100])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_flash_gives_what_the_reference_gives(head_dim: int, window: int | None) -> None:
+    """bfloat16 keeps 8 bits; flash-attn also rounds the weights, of values with deviation 1."""
+    device = torch.device("cuda")
+    flash, reference = make_attention("auto", device), ReferenceAttention()
+    assert flash.name == "flash"
+    q_lengths, k_lengths = [1, 300, 256, 7], [1, 300, 700, 519]
+    cache = Cache(k_lengths, block_size=256, head_dim=head_dim, dtype=torch.bfloat16, device=device)
+    caches = cache.k_cache, cache.v_cache
+
+    def compare(actual: Tensor, expected: Tensor) -> None:
+        assert actual.shape == expected.shape
+        torch.testing.assert_close(actual, expected, rtol=2**-6, atol=2**-6)
+
+    q = random_queries(4, head_dim).to(device, torch.bfloat16)
+    decode = cache.decode_metadata()
+    compare(
+        flash.decode(q, *caches, decode, window=window),
+        reference.decode(q, *caches, decode, window=window),
+    )
+    k, v = (torch.cat(parts).to(device) for parts in (cache.k, cache.v))
+    for lengths, has_context in ((q_lengths, True), (k_lengths, False)):
+        q = random_queries(sum(lengths), head_dim).to(device, torch.bfloat16)
+        metadata = cache.prefill_metadata(lengths, has_context=has_context)
+        compare(
+            flash.prefill(q, k, v, *caches, metadata, window=window),
+            reference.prefill(q, k, v, *caches, metadata, window=window),
+        )

@@ -1,0 +1,313 @@
+"""Does the command line hand over what it was given, and report what came back?
+
+A fake engine stands in, so that options, output and exit codes are tested apart from any model;
+`test_cli_engine.py` has the real one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import graphengine
+from cli import app
+from graphengine.config import EngineConfig
+from graphengine.errors import ModelError
+from graphengine.metrics import EngineStats
+from graphengine.request import (
+    CompletionOutput,
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+)
+
+
+class FakeLLM:
+    """Answers "<prompt>" two requests at a time, the later one first. A prompt with "bad" fails,
+    and one with "stop" raises what a Ctrl-C raises."""
+
+    made: ClassVar[list[FakeLLM]] = []
+    error: ClassVar[Exception | None] = None
+
+    def __init__(self, **options: Any) -> None:
+        if FakeLLM.error is not None:
+            raise FakeLLM.error
+        self.config = EngineConfig(**options)
+        self.finished: list[RequestOutput] = []
+        self.is_closed = False
+        FakeLLM.made.append(self)
+
+    def __enter__(self) -> FakeLLM:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.is_closed = True
+
+    def stream(
+        self, requests: Iterable[Request], sampling_params: SamplingParams
+    ) -> Iterator[RequestOutput]:
+        self.sampling_params = sampling_params
+        held: list[RequestOutput] = []
+        for index, request in enumerate(requests):
+            prompt = request.prompt
+            text = prompt if isinstance(prompt, str) else str(prompt.get("prompt", "chat"))
+            if "stop" in text:
+                yield from self._finish(held[::-1])
+                raise KeyboardInterrupt
+            held.append(answer(index, request.request_id, text))
+            if len(held) == 2:
+                yield from self._finish(held[::-1])
+                held = []
+        yield from self._finish(held)
+
+    def _finish(self, outputs: list[RequestOutput]) -> Iterator[RequestOutput]:
+        for output in outputs:
+            self.finished.append(output)
+            yield output
+
+    def stats(self) -> EngineStats:
+        values: dict[str, Any] = dict.fromkeys(EngineStats.__slots__, 0)
+        return EngineStats(
+            **values
+            | {
+                "num_finished": len(self.finished),
+                "num_failed": sum(bool(output.error) for output in self.finished),
+                "elapsed_s": 2.0,
+            }
+        )
+
+
+def answer(index: int, request_id: str | None, prompt: str) -> RequestOutput:
+    is_bad = "bad" in prompt
+    completion = CompletionOutput(
+        0,
+        "" if is_bad else f"<{prompt}>",
+        [] if is_bad else [9, 2],
+        FinishReason.ERROR if is_bad else FinishReason.STOP,
+    )
+    error = "prompt is bad; give a good one" if is_bad else ""
+    return RequestOutput(
+        request_id or str(index), index, prompt, [1, 5, 6], [completion], error=error
+    )
+
+
+@pytest.fixture(autouse=True)
+def fake_llm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
+    monkeypatch.setattr(graphengine, "LLM", FakeLLM, raising=False)
+    monkeypatch.setattr(FakeLLM, "made", [])
+    monkeypatch.setattr(FakeLLM, "error", None)
+    return FakeLLM
+
+
+def run(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, ["generate", "demo", *arguments], input=stdin)
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def test_texts_of_arguments_are_printed_in_order() -> None:
+    result = run("one", "two", "three")
+    assert result.exit_code == 0
+    assert result.stdout == "<one>\n<two>\n<three>\n"
+    assert "3 requests: 0 prompt and 0 output tokens in 2.00 s" in result.stderr
+    assert FakeLLM.made[0].is_closed
+
+
+def test_file_and_standard_input_give_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "in.txt"
+    path.write_text("one\ntwo\n")
+    assert run("--input", str(path)).stdout == "<one>\n<two>\n"
+    assert run("--input", "-", stdin="one\ntwo\n").stdout == "<one>\n<two>\n"
+
+
+def test_output_file_has_a_record_per_request_in_order(tmp_path: Path) -> None:
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    path.write_text(
+        '{"prompt": "a\\nb", "id": "x"}\n{"prompt": "bad"}\n'
+        '{"messages": [{"role": "user", "content": "hi"}], "id": 9}\n'
+    )
+    result = run("--input", str(path), "--output", str(out))
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert [line["id"] for line in records(out)] == ["x", "1", "9"]
+    assert records(out)[0] == {
+        "id": "x",
+        "prompt": "a\nb",
+        "text": "<a\nb>",
+        "token_ids": [9, 2],
+        "finish_reason": "stop",
+        "stop_reason": None,
+        "num_prompt_tokens": 3,
+        "num_output_tokens": 2,
+        "error": None,
+    }
+    assert records(out)[1]["error"] == "prompt is bad; give a good one"
+    assert "error: request 1: prompt is bad; give a good one" in result.stderr
+    assert "3 requests (1 failed)" in result.stderr
+
+
+def test_output_dash_is_jsonl_on_standard_output() -> None:
+    result = run("one", "--output", "-")
+    assert json.loads(result.stdout)["text"] == "<one>"
+
+
+def test_exit_code_is_2_if_every_request_failed() -> None:
+    assert run("bad one").exit_code == 2
+    assert run("bad one", "good").exit_code == 1
+
+
+def test_options_reach_the_engine_by_their_names() -> None:
+    options = {
+        "tokenizer": "elsewhere",
+        "dtype": "bfloat16",
+        "device": "cpu",
+        "attention": "reference",
+        "load_format": "dummy",
+        "max_model_len": 99,
+        "max_num_seqs": 7,
+        "max_num_batched_tokens": 33,
+        "block_size": 16,
+        "gpu_memory_utilization": 0.5,
+        "kv_cache_memory_bytes": 12345,
+        "seed": 3,
+    }
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    assert run("x", *arguments, "--no-graphs", "--no-overlap").exit_code == 0
+    expected = EngineConfig(
+        model="demo",
+        enforce_eager=True,
+        async_scheduling=False,
+        **options,  # type: ignore[arg-type]
+    )
+    assert FakeLLM.made[0].config == expected
+
+
+def test_sampling_options_reach_the_request_by_their_names() -> None:
+    arguments = (
+        "--max-tokens=9 --min-tokens=2 --temperature=0.7 --top-p=0.9 --top-k=5 --min-p=0.1 "
+        "--stop=a --stop=b,c --stop-token-ids=4,5 --stop-token-ids=6 --ignore-eos "
+        "--no-skip-special-tokens"
+    )
+    assert run("x", *arguments.split()).exit_code == 0
+    assert FakeLLM.made[0].sampling_params == SamplingParams(
+        max_tokens=9,
+        min_tokens=2,
+        temperature=0.7,
+        top_p=0.9,
+        top_k=5,
+        min_p=0.1,
+        stop=("a", "b,c"),
+        stop_token_ids=(4, 5, 6),
+        ignore_eos=True,
+        skip_special_tokens=False,
+    )
+
+
+def test_defaults_are_the_engine_s_and_greedy() -> None:
+    assert run("x").exit_code == 0
+    assert FakeLLM.made[0].config == EngineConfig("demo")
+    assert FakeLLM.made[0].sampling_params == SamplingParams(temperature=0.0, max_tokens=256)
+
+
+BAD_USAGE = {
+    "no prompt": ([], "give prompts as arguments or --input FILE"),
+    "both": (["x", "--input", "f"], "give prompts as arguments or --input FILE"),
+    "unknown option": (["x", "--nonsense"], "No such option: --nonsense"),
+    "not a number": (["x", "--max-tokens", "many"], "Invalid value for '--max-tokens'"),
+    "temperature": (["x", "--temperature=-1"], "temperature is -1.0; give a number in [0, inf]"),
+    "nan": (["x", "--temperature=nan"], "temperature is nan"),
+    "top_p": (["x", "--top-p=0"], "top_p is 0.0"),
+    "top_k": (["x", "--top-k=-2"], "top_k is -2"),
+    "min_p": (["x", "--min-p=1.5"], "min_p is 1.5"),
+    "max_tokens": (["x", "--max-tokens=0"], "max_tokens is 0"),
+    "min_tokens": (["x", "--max-tokens=4", "--min-tokens=5"], "above max_tokens 4"),
+    "empty stop": (["x", "--stop="], "stop holds an empty string"),
+    "stop ids": (["x", "--stop-token-ids=1;2"], "--stop-token-ids is '1;2'; give whole numbers"),
+    "dtype": (["x", "--dtype=int8"], "choose one of auto, float32"),
+    "device": (["x", "--device=tpu"], "choose one of auto, cpu, cuda"),
+    "max_model_len": (["x", "--max-model-len=1"], "max_model_len is 1"),
+    "max_num_seqs": (["x", "--max-num-seqs=0"], "max_num_seqs is 0"),
+    "memory share": (["x", "--gpu-memory-utilization=1.5"], "give a share in (0, 1]"),
+    "seed": (["x", "--seed=-1"], "seed is -1"),
+    "empty prompt": (["x", ""], "prompt 2 is empty"),
+    "missing input": (["--input", "/none/in.txt"], "/none/in.txt: No such file or directory"),
+    "directory as input": (["--input", "/"], "/: Is a directory"),
+    "output nowhere": (["x", "--output", "/none/out"], "no directory /none"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "what"), BAD_USAGE.values(), ids=BAD_USAGE)
+def test_bad_usage_is_one_line_and_starts_no_engine(arguments: list[str], what: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert what in result.stderr
+    last = result.stderr.rstrip().splitlines()[-1]
+    assert last.lower().startswith("error: ")
+    assert not FakeLLM.made
+
+
+def test_broken_line_of_a_file_starts_no_engine(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "fine"}\n{"prompt": \n')
+    result = run("--input", str(path))
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {path}:2: broken JSON")
+    assert not FakeLLM.made
+
+
+def test_broken_line_of_standard_input_ends_after_what_came_before() -> None:
+    result = run("--input", "-", stdin="one\ntwo\nthree\n\nfive\n")
+    assert result.exit_code == 2
+    assert result.stdout == "<one>\n<two>\n<three>\n"
+    assert result.stderr.splitlines()[-1].startswith("error: <stdin>:4: empty line")
+
+
+def test_engine_error_is_one_line_and_leaves_an_old_output_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("old")
+    FakeLLM.error = ModelError("demo has no config.json; give a checkpoint directory")
+    result = run("x", "--output", str(out))
+    assert result.exit_code == 2
+    assert result.stderr == "error: demo has no config.json; give a checkpoint directory\n"
+    assert out.read_text() == "old"
+
+
+def test_bug_keeps_its_traceback() -> None:
+    FakeLLM.error = RuntimeError("a bug")
+    assert isinstance(run("x").exception, RuntimeError)
+
+
+def test_interrupt_keeps_what_was_finished(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    result = run("one", "two", "three", "stop", "five", "--output", str(out))
+    assert result.exit_code == 130
+    assert [line["text"] for line in records(out)] == ["<one>", "<two>", "<three>"]
+    assert result.stderr.startswith("3 requests: ")
+    assert result.stderr.splitlines()[-1] == "interrupted"
+    assert FakeLLM.made[0].is_closed
+
+
+def test_full_disk_is_one_line() -> None:
+    result = run("one", "--output", "/dev/full")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("error: /dev/full: No space left on device")
+
+
+def test_help_names_every_option_in_full() -> None:
+    result = CliRunner().invoke(app, ["generate", "--help"])
+    assert result.exit_code == 0
+    for name in (
+        "--max-num-batched-tokens",
+        "--gpu-memory-utilization",
+        "--no-skip-special-tokens",
+    ):
+        assert name in result.stdout
