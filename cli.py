@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
@@ -34,7 +35,10 @@ from graphengine.prompt_file import UntilBroken, check_prompts, count_requests, 
 from graphengine.request import SamplingParams
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from graphengine.plan import Plan
+    from graphengine.request import RequestOutput
 
 FAILED_REQUESTS = 1
 BAD_INPUT = 2
@@ -224,13 +228,17 @@ def _generate(
     if output is not None:
         check_output_path(output, input)
 
+    # Its warnings are for callers of transformers; what matters here is an error of our own.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from graphengine import LLM  # imports torch, which takes seconds
 
     console = _progress_console(output)
     with LLM(**dataclasses.asdict(config)) as llm, contextlib.ExitStack() as stack:
         writer = _writer(output, console, stack)
         try:
-            outputs = stack.enter_context(contextlib.closing(llm.stream(requests, sampling_params)))
+            # Closed before the engine is, also when writing fails.
+            stream = cast("Generator[RequestOutput]", llm.stream(requests, sampling_params))
+            outputs = stack.enter_context(contextlib.closing(stream))
             with Progress(llm.stats, total, console):
                 write_in_order(outputs, writer)
         finally:
@@ -275,11 +283,11 @@ def plan(
         from graphengine.plan import plan as plan_for
 
         memory_bytes = None if gpu_memory_gib is None else int(gpu_memory_gib * 2**30)
-        _print_plan(plan_for(config, gpu_memory_bytes=memory_bytes))
+        _print_plan(model, plan_for(config, gpu_memory_bytes=memory_bytes))
 
 
-def _print_plan(plan: Plan) -> None:
-    print(f"{plan.model}: {plan.architecture}, {plan.num_parameters:,} parameters")
+def _print_plan(model: str, plan: Plan) -> None:
+    print(f"{model}: {plan.architecture}, {plan.num_parameters:,} parameters")
     print(f"  on {plan.device}, {plan.dtype}, {plan.attention} attention")
     for name, num_bytes, remark in (
         ("weights", plan.weight_bytes, ""),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from collections.abc import Sequence as SequenceOf
 from types import TracebackType
 
@@ -28,7 +28,7 @@ from graphengine.request import (
     Sequence,
 )
 from graphengine.resolve import Resolved, resolve
-from graphengine.scheduler import Scheduler
+from graphengine.scheduler import DecodeBatch, Scheduler
 from graphengine.tokenizer import StopStrings, Tokenizer
 
 # How long an idle engine waits for more requests before it starts with those it has.
@@ -96,7 +96,7 @@ class LLM:
                 "all or one each"
             )
         else:
-            requests = map(Request, batch, sampling_params)
+            requests = [Request(*pair) for pair in zip(batch, sampling_params, strict=True)]
         return sorted(self.stream(requests, default), key=lambda output: output.index)
 
     def stream(
@@ -106,7 +106,10 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Outputs as they finish. Reads `requests` in a thread, only as far ahead as the engine
         needs, so neither has to fit in memory. Leaving the iterator early, by an exception or
-        close(), drops what is unfinished; the LLM can be used again."""
+        close(), drops what is unfinished; the LLM can be used again.
+
+        A list (anything with a length) is batched by its contents alone, so that a rerun batches
+        alike; of an iterator the engine takes what is there, since the next item may be far off."""
         if self._is_closed:
             raise RuntimeError("this LLM is closed; make a new one")
         if self._is_streaming:
@@ -116,7 +119,7 @@ class LLM:
         sequences = self._intake.sequences(requests, sampling_params or SamplingParams())
         feeder = Feeder(sequences, depth=self.config.max_num_seqs)
         try:
-            yield from self._loop(feeder)
+            yield from self._loop(feeder, is_patient=isinstance(requests, Sized))
         finally:
             feeder.close()
             self._counters.ended_s = time.perf_counter()
@@ -145,7 +148,7 @@ class LLM:
             gpu_busy=reading.busy_share if self._resolved.device.type == "cuda" else None,
             longest_gap_ms=reading.longest_gap_ms,
             host_ms={
-                name: 1e3 * seconds / max(1, counters.num_steps)
+                name: 1e3 * seconds / max(1, counters.phase_count[name])
                 for name, seconds in counters.phase_s.items()
             },
         )
@@ -186,7 +189,7 @@ class LLM:
         self._clock.reset()
         self._counters = RunCounters()
 
-    def _loop(self, feeder: Feeder) -> Iterator[RequestOutput]:
+    def _loop(self, feeder: Feeder, *, is_patient: bool) -> Iterator[RequestOutput]:
         """One turn launches step N+1 while N runs, then waits for N. What ended in N - 1 is turned
         into text after the launch, in the shadow of the device."""
         depth = 1 if self.config.async_scheduling else 0
@@ -194,29 +197,35 @@ class LLM:
         in_flight: deque[Launched] = deque()
         ended: list[tuple[Sequence, str | None]] = []
         while True:
-            outputs = self._take_requests(feeder, is_idle=not (in_flight or scheduler.has_work))
-            with counters.phase("schedule"):
-                batch = scheduler.schedule()
+            counters.start_lap()
+            is_idle = not in_flight and not ended and not scheduler.has_work
+            outputs = self._take_requests(feeder, is_idle=is_idle, is_patient=is_patient)
+            counters.end_lap("intake")
+            batch = scheduler.schedule()
+            counters.end_lap("schedule")
             if batch is not None:
-                with counters.phase("launch"):
-                    in_flight.append(self._runner.launch(batch, self._table))
-            with counters.phase("output"):
-                outputs += [self._output(sequence, text) for sequence, text in ended]
-                ended = []
-                self._clock.collect()
+                in_flight.append(self._runner.launch(batch, self._table))
+                counters.end_lap("launch" if isinstance(batch, DecodeBatch) else "prefill")
+            outputs += [self._output(sequence, text) for sequence, text in ended]
+            ended = []
+            self._clock.collect()
+            counters.end_lap("output")
             yield from outputs
             if in_flight and (batch is None or len(in_flight) > depth):
                 ended = self._commit(in_flight.popleft())
-            elif batch is None and not scheduler.has_work:
+            elif batch is None:
+                assert not scheduler.has_work, "nothing runs and nothing can start"
                 assert self._blocks.num_free == self._blocks.num_blocks, "blocks leaked"
                 if feeder.exhausted:
                     return
 
-    def _take_requests(self, feeder: Feeder, *, is_idle: bool) -> list[RequestOutput]:
+    def _take_requests(
+        self, feeder: Feeder, *, is_idle: bool, is_patient: bool
+    ) -> list[RequestOutput]:
         """Tops up the waiting queue with what was read ahead; gives the outputs of refused
-        requests. Blocks only when the engine has nothing else to do."""
+        requests. Waits for more when there is nothing else to do, or when `is_patient`."""
         outputs = []
-        timeout_s = None if is_idle else 0.0
+        timeout_s = None if is_idle or is_patient else 0.0
         while self._scheduler.num_waiting < self.config.max_num_seqs:
             item = feeder.get(timeout_s)
             if item is None:
@@ -225,9 +234,11 @@ class LLM:
                 self._counters.num_finished += 1
                 self._counters.num_failed += 1
                 outputs.append(item)
-                break  # the caller hears of it before more is waited for
+                if not is_patient:
+                    break  # the caller hears of it before more is waited for
+                continue
             self._scheduler.add(item)
-            if is_idle:
+            if is_idle and not is_patient:
                 timeout_s = _GATHER_S
         return outputs
 
@@ -235,21 +246,21 @@ class LLM:
         """Waits for a step and takes up its results: the sequences that ended, and their text where
         a stop string ended them."""
         counters = self._counters
-        with counters.phase("wait"):
-            token_ids = launched.wait()
-        with counters.phase("commit"):
-            counters.num_steps += 1
-            rows, finished = self._scheduler.commit(launched.batch, token_ids)
-            counters.output_tokens += len(rows) + len(finished)
-            ended = [(sequence, self._text_if_stopped(sequence)) for sequence in finished]
-            for idx in rows[self._table.has_stop_strings[rows]].tolist():
-                running = self._table.sequences[idx]
-                assert running is not None
-                match = self._match(running, self._table.last_token_id(idx))
-                if match is not None:
-                    stop_reason, text = match
-                    self._scheduler.finish(idx, FinishReason.STOP, stop_reason=stop_reason)
-                    ended.append((running, text))
+        counters.start_lap()
+        token_ids = launched.wait()
+        counters.end_lap("wait")
+        rows, finished = self._scheduler.commit(launched.batch, token_ids)
+        counters.output_tokens += len(rows) + len(finished)
+        ended = [(sequence, self._text_if_stopped(sequence)) for sequence in finished]
+        for idx in rows[self._table.has_stop_strings[rows]].tolist():
+            running = self._table.sequences[idx]
+            assert running is not None
+            match = self._match(running, self._table.last_token_id(idx))
+            if match is not None:
+                stop_reason, text = match
+                self._scheduler.finish(idx, FinishReason.STOP, stop_reason=stop_reason)
+                ended.append((running, text))
+        counters.end_lap("commit")
         return ended
 
     def _match(self, sequence: Sequence, token_id: int) -> tuple[str, str] | None:

@@ -20,6 +20,7 @@ _CONFIG_CLASSES = {
 }
 _ROPE_TYPES = ("default", "linear", "llama3")
 _ACTIVATIONS = ("silu", "swish")  # two names of one function
+_INT_LIMIT = 2**31  # ids and sizes fit tables of 32 bits
 # Stored dtype -> what "auto" computes in.
 _DTYPES = {
     "bfloat16": "bfloat16",
@@ -102,6 +103,7 @@ def load_model_config(path: Path) -> ModelConfig:
             f"no config.json in {str(path)!r}; give the directory of a Hugging Face checkpoint"
         )
     architecture = _architecture(raw, file)
+    dtype = _dtype(raw, file)  # before transformers, which stumbles over a wrong one
     for key in ("quantization_config", "compression_config", "per_layer_config"):
         if raw.get(key):
             raise ModelError(
@@ -117,12 +119,10 @@ def load_model_config(path: Path) -> ModelConfig:
         reason = " ".join(str(error).split())
         raise ModelError(f"{file} is refused by {architecture}: {reason}; correct it") from error
 
-    return _from_transformers(hf, architecture=architecture, raw=raw, file=file)
+    return _from_transformers(hf, architecture=architecture, dtype=dtype, file=file)
 
 
-def _from_transformers(
-    hf: Any, *, architecture: str, raw: Mapping[str, Any], file: Path
-) -> ModelConfig:
+def _from_transformers(hf: Any, *, architecture: str, dtype: str, file: Path) -> ModelConfig:
     family = architecture.removesuffix("ForCausalLM")
     if hf.hidden_act not in _ACTIVATIONS:
         raise ModelError(f"{file} has hidden_act {hf.hidden_act!r}; only 'silu' is supported")
@@ -137,8 +137,10 @@ def _from_transformers(
         "max_position_embeddings": hf.max_position_embeddings,
     }
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ModelError(f"{file} has {name} {size!r}; it must be a whole number of at least 1")
+        if not isinstance(size, int) or not 1 <= size < _INT_LIMIT:
+            raise ModelError(
+                f"{file} has {name} {size!r}; give a whole number in [1, {_INT_LIMIT})"
+            )
     num_heads, num_kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if num_heads % num_kv_heads:
         raise ModelError(
@@ -167,7 +169,7 @@ def _from_transformers(
         qk_norm=family == "Qwen3",
         tie_word_embeddings=bool(hf.tie_word_embeddings),
         max_position_embeddings=sizes["max_position_embeddings"],
-        dtype=_dtype(raw, file),
+        dtype=dtype,
         eos_token_ids=_eos_token_ids(hf.eos_token_id, file),
         bos_token_id=hf.bos_token_id,
     )
@@ -176,17 +178,17 @@ def _from_transformers(
 def _architecture(raw: Mapping[str, Any], file: Path) -> str:
     names = raw.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    if name not in _CONFIG_CLASSES:
+    if not isinstance(name, str) or name not in _CONFIG_CLASSES:
         raise ModelError(
             f"{file} names the architecture {name!r}; supported: {', '.join(_CONFIG_CLASSES)}"
         )
-    return str(name)
+    return name
 
 
 def _dtype(raw: Mapping[str, Any], file: Path) -> str:
     """transformers' two spellings; float32 is what it assumes when there is none."""
     name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-    if name not in _DTYPES:
+    if not isinstance(name, str) or name not in _DTYPES:
         raise ModelError(f"{file} has dtype {name!r}; supported: {', '.join(_DTYPES)}")
     return _DTYPES[name]
 
@@ -251,7 +253,8 @@ def _eos_token_ids(from_config: Any, file: Path) -> tuple[int, ...]:
         for token_id in value if isinstance(value, list) else [value]:
             if token_id is None:
                 continue
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
+            is_int = isinstance(token_id, int) and not isinstance(token_id, bool)
+            if not is_int or not 0 <= token_id < _INT_LIMIT:
                 raise ModelError(f"{source} has eos_token_id {value!r}; give a token id or a list")
             ids[token_id] = None
     return tuple(ids)

@@ -147,9 +147,12 @@ class ModelRunner:
         self._clock.drop_pending()
 
     def close(self) -> None:
-        """Frees the graphs. Blocks until nothing runs."""
+        """Frees graphs, KV cache, weights and buffers. Blocks until nothing runs."""
         self._streams.synchronize()
         self._runner.close()
+        # The runner holds decode_step, which holds self: without this the memory would stay until
+        # the garbage collector finds the ring.
+        del self._runner, self._model, self._kv, self._prefill_banks, self._last_token_ids
 
     def _sample(
         self,

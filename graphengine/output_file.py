@@ -127,7 +127,7 @@ class TerminalWriter:
         prompt = output.prompt if output.prompt is not None else f"request {output.request_id}"
         if len(prompt) > _MAX_PROMPT_CHARS:
             prompt = "..." + prompt[-_MAX_PROMPT_CHARS:]
-        block = Text(style="default")
+        block = Text()
         block.append(_CONTROL.sub("\ufffd", prompt) + " -> ", style="dim")
         block.append(_CONTROL.sub("\ufffd", output.outputs[0].text))
         self._console.print(block, soft_wrap=True)

@@ -115,13 +115,14 @@ def summary(stats: EngineStats) -> str:
     """The end of a run: requests, tokens and speed; below it the steps, if there were any."""
     tokens_per_s = stats.output_tokens / stats.elapsed_s if stats.elapsed_s > 0 else 0.0
     failed = f" ({stats.num_failed:,} failed)" if stats.num_failed else ""
+    plural = "" if stats.num_finished == 1 else "s"
     line = (
-        f"{stats.num_finished:,} requests{failed}: {stats.prompt_tokens:,} prompt and "
+        f"{stats.num_finished:,} request{plural}{failed}: {stats.prompt_tokens:,} prompt and "
         f"{stats.output_tokens:,} output tokens in {stats.elapsed_s:.2f} s, "
         f"{tokens_per_s:,.0f} output tok/s"
     )
     parts = [
-        f"{num_steps:,} {kind} steps of {step_ms:.2f} ms"
+        f"{kind} steps: {num_steps:,} of {step_ms:.2f} ms"
         for kind, num_steps, step_ms in (
             ("prefill", stats.num_prefill_steps, stats.prefill_ms),
             ("decode", stats.num_decode_steps, stats.decode_ms),

@@ -16,7 +16,6 @@ import dataclasses
 import json
 import os
 import stat
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +24,7 @@ from graphengine.errors import InputError
 from graphengine.request import Request, SamplingParams
 
 STDIN = "-"
+STDIN_FILENO = 0
 PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
 _JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _TEXT_SUFFIXES = (".txt",)
@@ -37,14 +37,14 @@ def read_requests(path: str | Path) -> Iterator[Request]:
     """The requests of a prompt file ("-" is standard input), one line in memory at a time.
 
     Raises InputError naming the file and the line when it comes to a line it cannot use."""
-    if str(path) == STDIN:
-        yield from _requests(sys.stdin.buffer, "<stdin>")
-        return
+    is_stdin = str(path) == STDIN
+    name = "<stdin>" if is_stdin else str(path)
     try:
-        with open(path, "rb") as file:
-            yield from _requests(file, str(path))
+        # Not sys.stdin: its lock, held by a thread that waits for a line, would abort the exit.
+        with open(STDIN_FILENO if is_stdin else path, "rb", closefd=not is_stdin) as file:
+            yield from _requests(file, name)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; give a file of prompts") from error
+        raise InputError(f"{name}: {error.strerror}; give a file of prompts") from error
 
 
 def count_requests(path: str | Path) -> int | None:

@@ -84,6 +84,11 @@ def check_weights(path: Path, config: ModelConfig) -> dict[str, StoredTensor]:
     return stored
 
 
+def stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor a checkpoint of `config` stores, in loading order."""
+    return {name: target.shape for name, target in _layout(config).items()}
+
+
 def load_weights(model: nn.Module, path: Path, config: ModelConfig) -> None:
     """Fills the parameters of a DecoderModel from the checkpoint in `path`, converting dtypes.
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+import tempfile
+from collections.abc import Callable, Generator, Iterator
 
 # Before torch and huggingface_hub are imported, which read them once. Subprocesses inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices: threads only wait for each other
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # as the command line sets it
 
 import pytest
 from hypothesis import settings
@@ -52,3 +54,22 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
         report.outcome = "failed"
         report.longrepr = f"GRAPHENGINE_REQUIRE_GPU=1, but a module was skipped: {report.longrepr}"
     return report
+
+
+@pytest.fixture
+def give_stdin() -> Iterator[Callable[[str | int], None]]:
+    """Puts a text, or an open file, in the place of standard input until the test ends."""
+    saved = os.dup(0)
+
+    def give(source: str | int) -> None:
+        if isinstance(source, int):
+            os.dup2(source, 0)
+            return
+        with tempfile.TemporaryFile() as file:
+            file.write(source.encode())
+            file.seek(0)
+            os.dup2(file.fileno(), 0)
+
+    yield give
+    os.dup2(saved, 0)
+    os.close(saved)

@@ -7,7 +7,7 @@ A fake engine stands in, so that options, output and exit codes are tested apart
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -105,8 +105,8 @@ def fake_llm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
     return FakeLLM
 
 
-def run(*arguments: str, stdin: str | None = None) -> Result:
-    return CliRunner().invoke(app, ["generate", "demo", *arguments], input=stdin)
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["generate", "demo", *arguments])
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -121,11 +121,14 @@ def test_texts_of_arguments_are_printed_in_order() -> None:
     assert FakeLLM.made[0].is_closed
 
 
-def test_file_and_standard_input_give_the_same(tmp_path: Path) -> None:
+def test_file_and_standard_input_give_the_same(
+    tmp_path: Path, give_stdin: Callable[[str], None]
+) -> None:
     path = tmp_path / "in.txt"
     path.write_text("one\ntwo\n")
     assert run("--input", str(path)).stdout == "<one>\n<two>\n"
-    assert run("--input", "-", stdin="one\ntwo\n").stdout == "<one>\n<two>\n"
+    give_stdin("one\ntwo\n")
+    assert run("--input", "-").stdout == "<one>\n<two>\n"
 
 
 def test_output_file_has_a_record_per_request_in_order(tmp_path: Path) -> None:
@@ -264,8 +267,11 @@ def test_broken_line_of_a_file_starts_no_engine(tmp_path: Path) -> None:
     assert not FakeLLM.made
 
 
-def test_broken_line_of_standard_input_ends_after_what_came_before() -> None:
-    result = run("--input", "-", stdin="one\ntwo\nthree\n\nfive\n")
+def test_broken_line_of_standard_input_ends_after_what_came_before(
+    give_stdin: Callable[[str], None],
+) -> None:
+    give_stdin("one\ntwo\nthree\n\nfive\n")
+    result = run("--input", "-")
     assert result.exit_code == 2
     assert result.stdout == "<one>\n<two>\n<three>\n"
     assert result.stderr.splitlines()[-1].startswith("error: <stdin>:4: empty line")

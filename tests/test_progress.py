@@ -44,7 +44,7 @@ def test_status_line_names_requests_rate_rows_and_kv() -> None:
 def test_summary_names_failures_preemptions_and_gpu_share_only_if_there_are_any() -> None:
     assert summary(stats()) == (
         "12 requests: 500 prompt and 3,100 output tokens in 10.00 s, 310 output tok/s\n"
-        "1 prefill steps of 12.00 ms, 2,048 decode steps of 4.75 ms"
+        "prefill steps: 1 of 12.00 ms, decode steps: 2,048 of 4.75 ms"
     )
     full = summary(stats(gpu_busy=0.994, num_preemptions=3, num_failed=2))
     assert full.startswith("12 requests (2 failed): ")

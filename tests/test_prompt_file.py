@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import sys
 import threading
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -156,10 +155,10 @@ def test_missing_file_and_directory_are_errors(tmp_path: Path) -> None:
         list(read_requests(tmp_path))
 
 
-def test_standard_input_is_read_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_is_read_as_it_comes(give_stdin: Callable[[str | int], None]) -> None:
     read_end, write_end = os.pipe()
-    with open(read_end, "rb") as stdin, open(write_end, "wb", buffering=0) as source:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin))
+    with open(read_end, "rb"), open(write_end, "wb", buffering=0) as source:
+        give_stdin(read_end)
         assert count_requests("-") is None
         requests = read_requests("-")
         source.write(b"first\n")

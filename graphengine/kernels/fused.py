@@ -2,7 +2,7 @@
 # (Triton is not installed where mypy runs, so its decorator has no type there.)
 """How do the kernels run on a GPU? Triton, one launch each; `reference` says what they compute.
 
-Letters as in `kernels`. Every tensor's last dimension is dense; offsets that grow with N or with the
+Letters as in `kernels`. Every tensor's last dimension is dense; offsets that grow with N or the
 number of blocks are int64: a long prefill or a large cache passes 2^31 elements.
 """
 

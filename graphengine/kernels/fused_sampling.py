@@ -157,42 +157,41 @@ def _combine_kernel(
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
     min_p = tl.load(min_p_ptr + row)
-    if temperature >= _MIN_TEMPERATURE:
-        if _is_filtered(top_k, top_p, min_p, vocab_size):
-            row_ptr = logits_ptr + row * logits_stride
-            stops_ptr = stop_ids_ptr + row * stops_stride
-            suppress = tl.load(suppress_ptr + row)
-            low = _key(tl.full((), -float("inf"), tl.float32), ZERO_BITS)
-            high = _key(largest, ZERO_BITS)
-            if (top_k > 0) & (top_k < vocab_size):
-                if top_k <= num_splits:
-                    # The k-th largest of the splits' largest logits is a lower bound, cheaply had.
-                    low = _threshold(
-                        scores_ptr, num_splits, stops_ptr, 0, low, high, top_k,
-                        largest, temperature, False, NUM_STOPS, ZERO_BITS, SPLITS_PADDED,
-                    )  # fmt: skip
+    if (temperature >= _MIN_TEMPERATURE) & _is_filtered(top_k, top_p, min_p, vocab_size):
+        row_ptr = logits_ptr + row * logits_stride
+        stops_ptr = stop_ids_ptr + row * stops_stride
+        suppress = tl.load(suppress_ptr + row)
+        low = _key(tl.full((), -float("inf"), tl.float32), ZERO_BITS)
+        high = _key(largest, ZERO_BITS)
+        if (top_k > 0) & (top_k < vocab_size):
+            if top_k <= num_splits:
+                # The k-th largest of the splits' largest logits is a lower bound, cheaply had.
                 low = _threshold(
-                    row_ptr, vocab_size, stops_ptr, suppress, low, high, top_k,
-                    largest, temperature, False, NUM_STOPS, ZERO_BITS, BLOCK,
+                    scores_ptr, num_splits, stops_ptr, 0, low, high, top_k,
+                    largest, temperature, False, NUM_STOPS, ZERO_BITS, SPLITS_PADDED,
                 )  # fmt: skip
-            if top_p < 1.0:
-                total = _mass(
-                    row_ptr, vocab_size, stops_ptr, suppress, _value(low, ZERO_BITS),
-                    largest, temperature, NUM_STOPS, BLOCK,
-                )  # fmt: skip
-                # All logits below this bound weigh less than 1 - top_p together (of a total of at
-                # least 1, what the largest weighs), so the threshold is above it. 2 is slack.
-                dropped = tl.log(tl.maximum(1.0 - top_p, 1e-7) / vocab_size) - 2.0
-                low = tl.maximum(low, _key(largest + temperature * dropped, ZERO_BITS))
-                low = _threshold(
-                    row_ptr, vocab_size, stops_ptr, suppress, low, high, top_p * total,
-                    largest, temperature, True, NUM_STOPS, ZERO_BITS, BLOCK,
-                )  # fmt: skip
-            token_id = _sample_above(
-                row_ptr, vocab_size, stops_ptr, suppress, _value(low, ZERO_BITS), tl.log(min_p),
-                largest, temperature, tl.load(seeds_ptr + row), tl.load(positions_ptr + row),
-                NUM_STOPS, BLOCK,
+            low = _threshold(
+                row_ptr, vocab_size, stops_ptr, suppress, low, high, top_k,
+                largest, temperature, False, NUM_STOPS, ZERO_BITS, BLOCK,
             )  # fmt: skip
+        if top_p < 1.0:
+            total = _mass(
+                row_ptr, vocab_size, stops_ptr, suppress, _value(low, ZERO_BITS),
+                largest, temperature, NUM_STOPS, BLOCK,
+            )  # fmt: skip
+            # All logits below this bound weigh less than 1 - top_p together (of a total of at
+            # least 1, what the largest weighs), so the threshold is above it. 2 is slack.
+            dropped = tl.log(tl.maximum(1.0 - top_p, 1e-7) / vocab_size) - 2.0
+            low = tl.maximum(low, _key(largest + temperature * dropped, ZERO_BITS))
+            low = _threshold(
+                row_ptr, vocab_size, stops_ptr, suppress, low, high, top_p * total,
+                largest, temperature, True, NUM_STOPS, ZERO_BITS, BLOCK,
+            )  # fmt: skip
+        token_id = _sample_above(
+            row_ptr, vocab_size, stops_ptr, suppress, _value(low, ZERO_BITS), tl.log(min_p),
+            largest, temperature, tl.load(seeds_ptr + row), tl.load(positions_ptr + row),
+            NUM_STOPS, BLOCK,
+        )  # fmt: skip
     tl.store(token_ids_ptr + row, token_id.to(tl.int64))
 
 

@@ -125,15 +125,21 @@ def sample(
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
-    """Standard Gumbel noise, float32 in [-2.82, 22.88], of int64 tensors that broadcast together.
+    """Standard Gumbel noise, float32, of int64 tensors that broadcast together.
 
     Counter-based: key = the seed's two words, counter = (token id, the position's two words, 0)."""
     words = philox(
         (token_ids, positions & _U32, positions >> 32 & _U32, torch.zeros_like(token_ids)),
         (seeds & _U32, seeds >> 32 & _U32),
     )
-    # Uniform in (0, 1): float32 holds 1 - 2^-24 but would round the largest words to 1.
-    uniform = ((words[0].float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
+    return gumbel_from_words(words[0])
+
+
+def gumbel_from_words(words: Tensor) -> Tensor:
+    """Gumbel noise, float32 in [-2.82, 22.88], of uniform int64 words in [0, 2^32); the smaller
+    the word, the larger the noise."""
+    # In (0, 1): float32 holds 1 - 2^-24, and would round the largest words to 1.
+    uniform = ((words.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     # -log(1 - v) is exponential. Small v make the largest noise, where 1 - v would round v away.
     small = uniform + uniform * uniform * 0.5
     exponential = torch.where(uniform < 2.0**-12, small, -torch.log(1.0 - uniform))

@@ -1,0 +1,360 @@
+"""Do the kernels compute what transformers computes, and does Triton compute what the twins do?
+
+Tolerances. float32: 1e-5 relative and absolute, for sums in another order. bfloat16: 2^-7 relative,
+one unit in the last place, for a float32 result next to a rounding border; cancellation in RoPE
+needs the same as an absolute figure for values of order 1.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import (
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
+
+from graphengine import kernels
+from graphengine.errors import BackendError
+from graphengine.kernels import kernels_for, reference
+
+CUDA = torch.device("cuda")
+TOLERANCES = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2**-7, "atol": 1e-6},
+    torch.float16: {"rtol": 2**-10, "atol": 1e-6},
+}
+ROPE_TOLERANCES = {
+    dtype: {"rtol": t["rtol"], "atol": max(t["rtol"], t["atol"])} for dtype, t in TOLERANCES.items()
+}
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def hf_cos_sin(num_positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """transformers' cos and sin, [P, D] each, both halves alike."""
+    config = LlamaConfig(
+        hidden_size=head_dim, num_attention_heads=1, max_position_embeddings=num_positions
+    )
+    cos, sin = LlamaRotaryEmbedding(config)(
+        torch.zeros(1), torch.arange(num_positions).unsqueeze(0)
+    )
+    return cos[0], sin[0]
+
+
+class RopeCase:
+    """Random inputs of rope_and_cache; the caches are the strided halves of one tensor."""
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        qk_norm: bool,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        torch.manual_seed(seed)
+        num_blocks = 3 + num_tokens // block_size
+        width = (num_heads + 2 * num_kv_heads) * head_dim
+        cos, sin = hf_cos_sin(64, head_dim)
+        self.cos, self.sin = cos, sin
+        self.cos_sin = torch.cat((cos[:, : head_dim // 2], sin[:, : head_dim // 2]), dim=-1)
+        self.qkv = torch.randn(num_tokens, width).to(dtype)
+        self.positions = torch.randint(64, (num_tokens,))
+        self.kv = torch.randn(num_blocks, 2, block_size, num_kv_heads, head_dim).to(dtype)
+        self.slot_mapping = torch.randperm(num_blocks * block_size)[:num_tokens]
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.q_weight = torch.rand(head_dim).to(dtype) + 0.5 if qk_norm else None
+        self.k_weight = torch.rand(head_dim).to(dtype) + 0.5 if qk_norm else None
+
+    def to(self, device: torch.device) -> RopeCase:
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device, copy=True))
+        return self
+
+    def run(self, module: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v; self.qkv and self.kv are changed."""
+        q, k, v = module.rope_and_cache(
+            self.qkv,
+            self.positions,
+            self.cos_sin,
+            self.kv[:, 0],
+            self.kv[:, 1],
+            self.slot_mapping,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            q_weight=self.q_weight,
+            k_weight=self.k_weight,
+            eps=1e-6,
+        )
+        return q, k, v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_that_of_transformers(dtype: torch.dtype) -> None:
+    x, weight = randn(5, 96, dtype=dtype), randn(96, dtype=dtype, seed=1)
+    norm = LlamaRMSNorm(96, eps=1e-5).to(dtype)
+    norm.weight.data.copy_(weight)
+    # transformers rounds once more, before the product with the weight: two units in bfloat16.
+    tolerance = TOLERANCES[dtype] if dtype == torch.float32 else {"rtol": 2**-6, "atol": 1e-6}
+    torch.testing.assert_close(reference.rms_norm(x, weight, 1e-5), norm(x), **tolerance)
+
+
+def test_add_rms_norm_adds_in_place_and_norms_the_unrounded_sum() -> None:
+    x, residual = randn(4, 64, dtype=torch.bfloat16), randn(4, 64, dtype=torch.bfloat16, seed=1)
+    weight = randn(64, dtype=torch.bfloat16, seed=2)
+    total = x.float() + residual.float()
+    out = reference.add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(residual, total.bfloat16())
+    assert torch.equal(out, reference.rms_norm(total, weight.float(), 1e-6).bfloat16())
+    of_rounded_sum = reference.rms_norm(residual, weight, 1e-6)
+    assert not torch.equal(out, of_rounded_sum)  # or the line above could not tell the two apart
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 1, 16), (6, 3, 64)])
+def test_rope_is_that_of_transformers(
+    num_heads: int, num_kv_heads: int, head_dim: int, qk_norm: bool
+) -> None:
+    case = RopeCase(
+        num_tokens=7,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        block_size=16,
+        qk_norm=qk_norm,
+    )
+    sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+    q, k, v = (
+        part.clone().view(1, 7, -1, head_dim).transpose(1, 2) for part in case.qkv.split(sizes, -1)
+    )
+    if qk_norm:
+        norm = LlamaRMSNorm(head_dim, eps=1e-6)
+        assert case.q_weight is not None
+        assert case.k_weight is not None
+        norm.weight.data = case.q_weight
+        q = norm(q)
+        norm.weight.data = case.k_weight
+        k = norm(k)
+    cos, sin = case.cos[case.positions].unsqueeze(0), case.sin[case.positions].unsqueeze(0)
+    expected_q, expected_k = apply_rotary_pos_emb(q, k, cos, sin)
+
+    qkv = case.qkv
+    results = case.run(reference)
+    for result, expected in zip(results, (expected_q, expected_k, v), strict=True):
+        torch.testing.assert_close(result, expected[0].transpose(0, 1), **TOLERANCES[torch.float32])
+        assert result.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("block_size", [16, 256])
+def test_k_and_v_go_to_their_slots_and_nowhere_else(block_size: int) -> None:
+    case = RopeCase(
+        num_tokens=9, num_heads=4, num_kv_heads=2, head_dim=16, block_size=block_size, qk_norm=True
+    )
+    expected = case.kv.clone()
+    _, k, v = case.run(reference)
+    for token, slot in enumerate(case.slot_mapping.tolist()):
+        block, offset = divmod(slot, block_size)
+        expected[block, 0, offset] = k[token]
+        expected[block, 1, offset] = v[token]
+    assert torch.equal(case.kv, expected)
+
+
+def test_padding_rows_may_share_a_slot() -> None:
+    case = RopeCase(
+        num_tokens=5, num_heads=2, num_kv_heads=1, head_dim=16, block_size=16, qk_norm=False
+    )
+    case.slot_mapping = torch.tensor([20, 0, 0, 0, 0])
+    before = case.kv.clone()
+    _, k, v = case.run(reference)
+    assert torch.equal(case.kv[1, 0, 4], k[0])
+    assert any(torch.equal(case.kv[0, 1, 0], v[token]) for token in range(1, 5))
+    assert torch.equal(case.kv[0, :, 1:], before[0, :, 1:])
+
+
+def test_silu_mul_is_silu_of_the_first_half_times_the_second() -> None:
+    gate_up = randn(3, 20)
+    expected = torch.nn.functional.silu(gate_up[:, :10]) * gate_up[:, 10:]
+    torch.testing.assert_close(reference.silu_mul(gate_up), expected, **TOLERANCES[torch.float32])
+
+
+def test_cpu_gets_the_twins_and_cuda_without_triton_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert kernels_for(torch.device("cpu")) is reference
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("fused", "fused_sampling"):
+        monkeypatch.delitem(sys.modules, f"graphengine.kernels.{name}", raising=False)
+        monkeypatch.delattr(kernels, name, raising=False)
+    with pytest.raises(BackendError, match=r"Triton cannot be imported .*pip install") as error:
+        kernels_for(CUDA)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def fused() -> ModuleType:
+    """The Triton kernels, imported when a test runs: a CPU machine has no Triton."""
+    from graphengine.kernels import fused
+
+    return fused
+
+
+@pytest.mark.gpu
+def test_fused_has_the_signatures_of_its_twins(fused: ModuleType) -> None:
+    for name in fused.__all__:
+        signature = inspect.signature(getattr(reference, name))
+        assert inspect.signature(getattr(fused, name)) == signature, name
+    assert kernels_for(CUDA) is fused
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    ("num_tokens", "size"), [(1, 4096), (3, 1000), (32, 1024), (65, 5120), (300, 8192)]
+)
+def test_fused_norms_and_silu_are_their_twins(
+    fused: ModuleType, num_tokens: int, size: int, dtype: torch.dtype
+) -> None:
+    x = randn(num_tokens, size, dtype=dtype).to(CUDA)
+    residual = randn(num_tokens, size, dtype=dtype, seed=1).to(CUDA)
+    weight = randn(size, dtype=dtype, seed=2).to(CUDA)
+    gate_up = 4 * randn(num_tokens, 2 * size, dtype=dtype, seed=3).to(CUDA)
+    twin_residual = residual.clone()
+    for result, expected in (
+        (fused.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5)),
+        (
+            fused.add_rms_norm(x, residual, weight, 1e-5),
+            reference.add_rms_norm(x, twin_residual, weight, 1e-5),
+        ),
+        (fused.silu_mul(gate_up), reference.silu_mul(gate_up)),
+    ):
+        torch.testing.assert_close(result, expected, **TOLERANCES[dtype])
+    assert torch.equal(residual, twin_residual)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "block_size"),
+    [
+        (1, 32, 8, 128, 256),
+        (1, 1, 1, 64, 16),
+        (5, 6, 2, 64, 16),
+        (33, 16, 8, 128, 256),
+        (7, 14, 2, 80, 16),
+        (900, 32, 8, 128, 256),
+        (17, 32, 4, 256, 256),
+    ],
+)
+def test_fused_rope_and_cache_is_its_twin(
+    fused: ModuleType,
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    qk_norm: bool,
+    dtype: torch.dtype,
+) -> None:
+    case, twin = (
+        RopeCase(
+            num_tokens=num_tokens,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            qk_norm=qk_norm,
+            dtype=dtype,
+        ).to(CUDA)
+        for _ in range(2)
+    )
+    for result, expected in zip(case.run(fused), twin.run(reference), strict=True):
+        assert result.stride() == expected.stride()
+        torch.testing.assert_close(result, expected, **ROPE_TOLERANCES[dtype])
+    torch.testing.assert_close(case.kv, twin.kv, **ROPE_TOLERANCES[dtype])
+    # What is cached is what attention gets, to the bit; the slots of other tokens are untouched.
+    blocks, offsets = case.slot_mapping // block_size, case.slot_mapping % block_size
+    _, k, v = case.qkv.view(num_tokens, -1, head_dim).split(
+        [num_heads, num_kv_heads, num_kv_heads], dim=1
+    )
+    assert torch.equal(case.kv[blocks, 0, offsets], k)
+    assert torch.equal(case.kv[blocks, 1, offsets], v)
+    case.kv[blocks, :, offsets] = 0
+    twin.kv[blocks, :, offsets] = 0
+    assert torch.equal(case.kv, twin.kv)
+
+
+@pytest.mark.gpu
+def test_offsets_past_2_to_the_31_elements(fused: ModuleType) -> None:
+    case = RopeCase(
+        num_tokens=2, num_heads=8, num_kv_heads=8, head_dim=128, block_size=256, qk_norm=False
+    ).to(CUDA)
+    num_blocks = 2**31 // (2 * 256 * 8 * 128) + 2
+    case.kv = torch.zeros(num_blocks, 2, 256, 8, 128, dtype=torch.float32, device=CUDA)
+    case.slot_mapping = torch.tensor([num_blocks * 256 - 1, 3], device=CUDA)
+    _, k, v = case.run(fused)
+    assert torch.equal(case.kv[-1, 0, -1], k[0])
+    assert torch.equal(case.kv[-1, 1, -1], v[0])
+    assert int(case.kv[1:-1].count_nonzero()) == 0
+    del case
+
+    gate_up = torch.zeros(2**31 // 28672 + 2, 28672, dtype=torch.bfloat16, device=CUDA)
+    gate_up[-1] = 2.0
+    assert torch.equal(fused.silu_mul(gate_up)[-1:], reference.silu_mul(gate_up[-1:]))
+    ones = torch.ones(28672, dtype=torch.bfloat16, device=CUDA)
+    normed = fused.rms_norm(gate_up, ones, 1e-5)
+    torch.testing.assert_close(normed[-1], ones, **TOLERANCES[torch.bfloat16])
+
+
+@pytest.mark.gpu
+def test_captured_rope_and_cache_follows_its_inputs(fused: ModuleType) -> None:
+    first, second = (
+        RopeCase(
+            num_tokens=8,
+            num_heads=8,
+            num_kv_heads=2,
+            head_dim=128,
+            block_size=16,
+            qk_norm=True,
+            dtype=torch.bfloat16,
+            seed=seed,
+        ).to(CUDA)
+        for seed in (1, 2)
+    )
+    static = RopeCase(
+        num_tokens=8,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=128,
+        block_size=16,
+        qk_norm=True,
+        dtype=torch.bfloat16,
+    ).to(CUDA)
+    static.run(fused)  # compiles, which a capture does not allow
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static.run(fused)
+    for case in (first, second, first.to(CUDA)):
+        for name in ("qkv", "positions", "kv", "slot_mapping", "q_weight", "k_weight"):
+            getattr(static, name).copy_(getattr(case, name))
+        graph.replay()
+        case.run(fused)
+        assert torch.equal(static.qkv, case.qkv)
+        assert torch.equal(static.kv, case.kv)

@@ -1,0 +1,352 @@
+"""Is config.json understood, in its old and new spellings, and refused where it must be?"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from checkpoints import VARIANTS, WINDOW, hf_config
+
+from graphengine.errors import ModelError
+from graphengine.hub import resolve_model
+from graphengine.model_config import RopeConfig, load_model_config
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 199,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+}
+QWEN2 = {**LLAMA, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+OLD_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def write(path: Path, config: object, generation: object = None) -> Path:
+    (path / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (path / "generation_config.json").write_text(json.dumps(generation))
+    return path
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ModelError) as caught:
+        load_model_config(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_old_spelling_is_understood(tmp_path: Path) -> None:
+    config = load_model_config(write(tmp_path, LLAMA))
+    assert config.architecture == "LlamaForCausalLM"
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 16)
+    assert config.rope == RopeConfig("default", theta=500000.0)
+    assert (config.dtype, config.bos_token_id, config.eos_token_ids) == ("bfloat16", 1, (2,))
+    assert config.sliding_windows == (None, None)
+    assert not config.qkv_bias
+    assert not config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_old_linear_rope_scaling_is_understood(tmp_path: Path, key: str) -> None:
+    scaling = {key: "linear", "factor": 4.0}
+    config = load_model_config(write(tmp_path, {**LLAMA, "rope_scaling": scaling}))
+    assert config.rope == RopeConfig("linear", theta=500000.0, factor=4.0)
+
+
+def test_old_and_new_llama3_rope_are_the_same(tmp_path: Path) -> None:
+    old = load_model_config(write(tmp_path, {**LLAMA, "rope_scaling": OLD_LLAMA3}))
+    new_raw = {**LLAMA, "rope_parameters": {**OLD_LLAMA3, "rope_theta": 500000.0}}
+    del new_raw["rope_theta"]
+    assert old.rope == RopeConfig("llama3", 500000.0, 8.0, 1.0, 4.0, 64)
+    assert load_model_config(write(tmp_path, new_raw)) == old
+
+
+def test_missing_kv_heads_are_as_many_as_heads(tmp_path: Path) -> None:
+    raw = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
+    assert load_model_config(write(tmp_path, raw)).num_kv_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({"sliding_window": 7}, (None, None)),  # use_sliding_window is false
+        ({"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}, (None, 7)),
+        (
+            {
+                "use_sliding_window": True,
+                "sliding_window": 7,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            (7, None),
+        ),
+    ],
+)
+def test_qwen2_windows(
+    tmp_path: Path, changes: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    assert load_model_config(write(tmp_path, {**QWEN2, **changes})).sliding_windows == windows
+
+
+@pytest.mark.parametrize("window", [None, WINDOW])
+def test_mistral_windows_hold_for_every_layer(tmp_path: Path, window: int | None) -> None:
+    raw = {
+        **LLAMA,
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "sliding_window": window,
+        "attention_bias": True,  # which Mistral has none of, whatever its config says
+    }
+    config = load_model_config(write(tmp_path, raw))
+    assert config.sliding_windows == (window, window)
+    assert not config.qkv_bias
+
+
+def test_biases_by_family(tmp_path: Path) -> None:
+    def biases(raw: dict[str, Any]) -> tuple[bool, bool, bool, bool]:
+        config = load_model_config(write(tmp_path, raw))
+        return config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm
+
+    qwen3 = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    both = {"attention_bias": True, "mlp_bias": True}
+    assert biases({**LLAMA, **both}) == (True, True, True, False)
+    assert biases(QWEN2) == (True, False, False, False)
+    assert biases(qwen3) == (False, False, False, True)
+    assert biases({**qwen3, **both}) == (True, True, False, True)
+
+
+def test_qwen3_head_dim_defaults_to_128(tmp_path: Path) -> None:
+    raw = {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    config = load_model_config(write(tmp_path, raw))
+    assert config.head_dim == 128
+    assert config.kv_bytes_per_token(2) == 2 * 2 * 2 * 128 * 2  # k and v, layers, heads, D, bytes
+
+
+@pytest.mark.parametrize(
+    ("ours", "generation", "expected"),
+    [
+        (2, None, (2,)),
+        (2, {"eos_token_id": [7, 2, 5]}, (2, 7, 5)),
+        ([3, 2], {"eos_token_id": 9}, (3, 2, 9)),
+        (None, {"eos_token_id": 9}, (9,)),
+        (None, {}, ()),
+    ],
+)
+def test_eos_ids_of_both_files_are_united(
+    tmp_path: Path, ours: object, generation: object, expected: tuple[int, ...]
+) -> None:
+    path = write(tmp_path, {**LLAMA, "eos_token_id": ours}, generation)
+    assert load_model_config(path).eos_token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"torch_dtype": None, "dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": None}, "float32"),
+        ({"torch_dtype": "float64"}, "float32"),
+    ],
+)
+def test_dtype_as_stored(tmp_path: Path, changes: dict[str, Any], expected: str) -> None:
+    assert load_model_config(write(tmp_path, {**LLAMA, **changes})).dtype == expected
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_transformers_saves_is_understood(tmp_path: Path, variant: str) -> None:
+    architecture = VARIANTS[variant][0].replace("Config", "ForCausalLM")
+    hf_config(variant, architectures=[architecture]).save_pretrained(tmp_path)
+    assert load_model_config(tmp_path).architecture == architecture
+
+
+def test_llama_8b_counts(tmp_path: Path) -> None:
+    """The published 8,030,261,248 parameters of Llama 3.1 8B."""
+    raw = {
+        **LLAMA,
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
+    config = load_model_config(write(tmp_path, raw))
+    assert config.num_parameters == 8_030_261_248
+    assert config.kv_bytes_per_token(2) == 131072
+
+
+def test_missing_directory() -> None:
+    assert "no model directory 'nowhere/at/all'" in refusal(Path("nowhere/at/all"))
+
+
+def test_missing_config(tmp_path: Path) -> None:
+    assert f"no config.json in '{tmp_path}'" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'"text"', b"\xff\xfe"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_broken_json_names_the_file(tmp_path: Path, name: str, content: bytes) -> None:
+    write(tmp_path, LLAMA)
+    (tmp_path / name).write_bytes(content)
+    message = refusal(tmp_path)
+    assert str(tmp_path / name) in message
+    assert "must be a JSON object" in message
+
+
+@pytest.mark.parametrize("names", [["GPT2LMHeadModel"], [], None, "LlamaForCausalLM", [{}]])
+def test_unsupported_architecture_lists_what_is_supported(tmp_path: Path, names: object) -> None:
+    message = refusal(write(tmp_path, {**LLAMA, "architectures": names}))
+    for name in ("Llama", "Mistral", "Qwen2", "Qwen3"):
+        assert f"{name}ForCausalLM" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        ({"compression_config": {"format": "int"}}, "compression_config"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE type 'yarn'; supported:"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "RoPE type 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "RoPE factor 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "RoPE factor '4'"),
+        ({"rope_theta": None}, "RoPE theta None"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"num_attention_heads": 0}, ""),
+        ({"num_hidden_layers": -1}, ""),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"num_key_value_heads": 3}, "4 attention heads and 3 key/value heads"),
+        ({"head_dim": 15}, "head_dim 15"),
+        ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'"),
+        ({"torch_dtype": 16}, "dtype 16"),
+        ({"torch_dtype": ["bfloat16"]}, "dtype ['bfloat16']"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"eos_token_id": -1}, "eos_token_id"),
+        ({"rope_scaling": "linear"}, ""),
+    ],
+)
+def test_what_is_unsupported_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    message = refusal(write(tmp_path, {**LLAMA, **changes}))
+    assert str(tmp_path / "config.json") in message
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_types": ["full_attention", "chunked_attention"]},
+        {"layer_types": ["full_attention"]},
+        {"layer_types": ["sliding_attention"] * 2, "use_sliding_window": False},
+    ],
+)
+def test_unsupported_layer_types_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    message = refusal(write(tmp_path, {**QWEN2, **changes}))
+    assert "layer" in message
+
+
+def test_code_of_the_checkpoint_is_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    for name in ("configuration_evil", "modeling_evil"):
+        (tmp_path / f"{name}.py").write_text(
+            f"open({str(marker)!r}, 'w').close()\n"
+            "from transformers import LlamaConfig, LlamaForCausalLM\n"
+            "class Evil(LlamaConfig): pass\nclass EvilModel(LlamaForCausalLM): pass\n"
+        )
+    auto_map = {
+        "AutoConfig": "configuration_evil.Evil",
+        "AutoModelForCausalLM": "modeling_evil.EvilModel",
+    }
+    raw = {**LLAMA, "auto_map": auto_map, "trust_remote_code": True}
+    assert load_model_config(write(tmp_path, raw)).hidden_size == 64
+    assert "supported" in refusal(write(tmp_path, {**raw, "architectures": ["EvilModel"]}))
+    assert not marker.exists()
+
+
+def test_module_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, graphengine.model_config, graphengine.hub\n"
+        "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_demo_and_directories_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)  # and nothing is fetched
+    assert resolve_model(str(tmp_path)) == tmp_path
+    assert resolve_model("demo").parts[-3:] == ("graphengine", "demo", "model")
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere", "a/b/c", "nowhere", "../a", "~/no"])
+def test_a_local_path_that_is_missing_is_not_looked_up(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    with pytest.raises(ModelError, match="give a model directory"):
+        resolve_model(model)
+
+
+def test_a_file_is_not_a_model(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(ModelError, match="is a file; give the directory"):
+        resolve_model(str(file))
+
+
+def test_hub_id_fetches_no_code_and_no_pickles(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def download(repo_id: str, **options: Any) -> str:
+        asked.update(options, repo_id=repo_id)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_model("Qwen/Qwen3-0.6B") == tmp_path
+    assert asked["repo_id"] == "Qwen/Qwen3-0.6B"
+    files = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "pytorch_model.bin",
+        "modeling_x.py",
+        "consolidated.safetensors",
+        "original/params.json",
+    ]
+    kept = huggingface_hub.utils.filter_repo_objects(
+        files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
+    assert list(kept) == files[:4]
+
+
+def test_failed_download_is_one_line() -> None:
+    """conftest.py sets the hub offline, so this is the error of a machine without network."""
+    with pytest.raises(ModelError, match="fetching it from the hub failed") as caught:
+        resolve_model("graphengine-tests/no-such-model")
+    assert "\n" not in str(caught.value)
