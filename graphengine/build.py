@@ -10,6 +10,7 @@ from captures import BucketLadder, StepClock, Streams, make_streams
 from graphengine.errors import CapacityError
 from graphengine.kernels import kernels_for
 from graphengine.kv_cache import KVCache
+from graphengine.metrics import Laps
 from graphengine.model import DecoderModel
 from graphengine.model_runner import ModelRunner
 from graphengine.resolve import Resolved
@@ -22,18 +23,21 @@ CPU_KV_BYTES = 2**30
 _GRAPH_MARGIN = 1.2
 
 
-def build_runner(resolved: Resolved) -> tuple[StepClock, ModelRunner, int]:
+def build_runner(resolved: Resolved, laps: Laps) -> tuple[StepClock, ModelRunner, int]:
     """The clock, the runner with weights loaded and graphs captured, and the number of KV blocks
     sequences can hold. Raises WeightsError and CapacityError."""
     model = _load_model(resolved)
+    laps.end("weights")
     streams = make_streams(resolved.device)
     clock = StepClock(streams)
     num_blocks = _num_blocks(resolved, model, streams)
+    laps.end("memory")
     runner = _make_runner(resolved, model, streams, clock, num_blocks, resolved.ladder)
     if resolved.device.type == "cuda":
         # Takes from the allocator now what the largest prefill will ever need of it.
         runner.run_largest_prefill(make_table(resolved))
         clock.reset()
+    laps.end("graphs")
     return clock, runner, num_blocks
 
 

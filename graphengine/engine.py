@@ -17,7 +17,7 @@ from graphengine.config import EngineConfig, engine_config
 from graphengine.errors import RequestError
 from graphengine.hub import resolve_model
 from graphengine.intake import Feeder, Intake, Prompt
-from graphengine.metrics import EngineStats, RunCounters
+from graphengine.metrics import EngineStats, Laps, RunCounters
 from graphengine.model_runner import Launched
 from graphengine.request import (
     CompletionOutput,
@@ -43,12 +43,16 @@ class LLM:
     """
 
     def __init__(self, model: str, **options: object) -> None:
+        laps = Laps()
         resolved = resolve(engine_config(model, **options))
         self._resolved = resolved
+        laps.end("config")
         config = resolved.config
         self.model_config = resolved.model_config
         self.tokenizer = _make_tokenizer(resolved)
-        self._clock, self._runner, self.num_blocks = build_runner(resolved)
+        laps.end("tokenizer")
+        self._clock, self._runner, self.num_blocks = build_runner(resolved, laps)
+        self.startup_s = laps.seconds
         eos_token_ids = resolved.model_config.eos_token_ids
         if not eos_token_ids and self.tokenizer and self.tokenizer.eos_token_id is not None:
             eos_token_ids = (self.tokenizer.eos_token_id,)
@@ -147,10 +151,7 @@ class LLM:
             prefill_ms=launch_ms.get("prefill", 0.0) / max(1, num_prefill),
             gpu_busy=reading.busy_share if self._resolved.device.type == "cuda" else None,
             longest_gap_ms=reading.longest_gap_ms,
-            host_ms={
-                name: 1e3 * seconds / max(1, counters.phase_count[name])
-                for name, seconds in counters.phase_s.items()
-            },
+            host_ms=counters.laps.mean_ms(),
         )
 
     def close(self) -> None:
@@ -193,23 +194,23 @@ class LLM:
         """One turn launches step N+1 while N runs, then waits for N. What ended in N - 1 is turned
         into text after the launch, in the shadow of the device."""
         depth = 1 if self.config.async_scheduling else 0
-        counters, scheduler = self._counters, self._scheduler
+        laps, scheduler = self._counters.laps, self._scheduler
         in_flight: deque[Launched] = deque()
         ended: list[tuple[Sequence, str | None]] = []
         while True:
-            counters.start_lap()
+            laps.start()
             is_idle = not in_flight and not ended and not scheduler.has_work
             outputs = self._take_requests(feeder, is_idle=is_idle, is_patient=is_patient)
-            counters.end_lap("intake")
+            laps.end("intake")
             batch = scheduler.schedule()
-            counters.end_lap("schedule")
+            laps.end("schedule")
             if batch is not None:
                 in_flight.append(self._runner.launch(batch, self._table))
-                counters.end_lap("launch" if isinstance(batch, DecodeBatch) else "prefill")
+                laps.end("launch" if isinstance(batch, DecodeBatch) else "prefill")
             outputs += [self._output(sequence, text) for sequence, text in ended]
             ended = []
             self._clock.collect()
-            counters.end_lap("output")
+            laps.end("output")
             yield from outputs
             if in_flight and (batch is None or len(in_flight) > depth):
                 ended = self._commit(in_flight.popleft())
@@ -245,12 +246,12 @@ class LLM:
     def _commit(self, launched: Launched) -> list[tuple[Sequence, str | None]]:
         """Waits for a step and takes up its results: the sequences that ended, and their text where
         a stop string ended them."""
-        counters = self._counters
-        counters.start_lap()
+        laps = self._counters.laps
+        laps.start()
         token_ids = launched.wait()
-        counters.end_lap("wait")
+        laps.end("wait")
         rows, finished = self._scheduler.commit(launched.batch, token_ids)
-        counters.output_tokens += len(rows) + len(finished)
+        self._counters.output_tokens += len(rows) + len(finished)
         ended = [(sequence, self._text_if_stopped(sequence)) for sequence in finished]
         for idx in rows[self._table.has_stop_strings[rows]].tolist():
             running = self._table.sequences[idx]
@@ -260,7 +261,7 @@ class LLM:
                 stop_reason, text = match
                 self._scheduler.finish(idx, FinishReason.STOP, stop_reason=stop_reason)
                 ended.append((running, text))
-        counters.end_lap("commit")
+        laps.end("commit")
         return ended
 
     def _match(self, sequence: Sequence, token_id: int) -> tuple[str, str] | None:

@@ -5,10 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-# Host phases of the loop. "launch" is of decode steps, "prefill" of prefills; "wait" is blocked on
-# the device; "output" turns what ended into text, in the shadow of a step.
-PHASES = ("intake", "schedule", "launch", "prefill", "output", "wait", "commit")
-
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -17,8 +13,10 @@ class EngineStats:
     num_waiting: requests read and not admitted yet. kv_usage: share of KV blocks held.
     gpu_busy: share of the time from the first launch on in which a launch ran on the device, None
     on the CPU; without CUDA graphs it counts the gaps between a launch's kernels as busy.
-    decode_ms, prefill_ms: device time of a step, mean. host_ms: host time of a phase, mean of the
-    times it ran (PHASES).
+    decode_ms, prefill_ms: device time of a step, mean.
+    host_ms: host time by phase of the loop, mean of the times it ran: intake, schedule, launch (of
+    decode steps), prefill (launch of one), output (text of what ended), wait (for the device),
+    commit. All but wait run in the shadow of a step.
     """
 
     num_running: int
@@ -39,6 +37,33 @@ class EngineStats:
     host_ms: dict[str, float]
 
 
+class Laps:
+    """Seconds of phases that follow one another, and how often each ran."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        self.start()
+
+    def start(self) -> None:
+        """The next phase begins now; the time since the last one ended counts to none."""
+        self._since_s = time.perf_counter()
+
+    def end(self, phase: str) -> None:
+        """`phase` ends now and the next one begins."""
+        now_s = time.perf_counter()
+        self.counts[phase] = self.counts.get(phase, 0) + 1
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now_s - self._since_s
+        self._since_s = now_s
+
+
+    def mean_ms(self) -> dict[str, float]:
+        """Milliseconds of each phase, mean of the times it ran. Any thread may ask."""
+        seconds = dict(self.seconds)  # copied first: its phases are then all in the counts
+        counts = dict(self.counts)
+        return {phase: 1e3 * total_s / counts[phase] for phase, total_s in seconds.items()}
+
+
 @dataclass(slots=True)
 class RunCounters:
     """Advanced by the loop; cheap enough to be always on."""
@@ -49,20 +74,7 @@ class RunCounters:
     output_tokens: int = 0
     started_s: float = field(default_factory=time.perf_counter)
     ended_s: float | None = None
-    phase_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    phase_count: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
-    _lap_s: float = 0.0
-
-    def start_lap(self) -> None:
-        """The first phase of a turn begins now."""
-        self._lap_s = time.perf_counter()
-
-    def end_lap(self, phase: str) -> None:
-        """`phase` ends now and the next one begins."""
-        now_s = time.perf_counter()
-        self.phase_s[phase] += now_s - self._lap_s
-        self.phase_count[phase] += 1
-        self._lap_s = now_s
+    laps: Laps = field(default_factory=Laps)
 
     @property
     def elapsed_s(self) -> float:

@@ -126,29 +126,29 @@ def _from_transformers(hf: Any, *, architecture: str, dtype: str, file: Path) ->
     family = architecture.removesuffix("ForCausalLM")
     if hf.hidden_act not in _ACTIVATIONS:
         raise ModelError(f"{file} has hidden_act {hf.hidden_act!r}; only 'silu' is supported")
-    sizes = {
-        "vocab_size": hf.vocab_size,
-        "hidden_size": hf.hidden_size,
-        "intermediate_size": hf.intermediate_size,
-        "num_hidden_layers": hf.num_hidden_layers,
-        "num_attention_heads": hf.num_attention_heads,
-        "num_key_value_heads": hf.num_key_value_heads,
-        "head_dim": getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        "max_position_embeddings": hf.max_position_embeddings,
-    }
-    for name, size in sizes.items():
-        if not isinstance(size, int) or not 1 <= size < _INT_LIMIT:
-            raise ModelError(
-                f"{file} has {name} {size!r}; give a whole number in [1, {_INT_LIMIT})"
-            )
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+    )
+    sizes = {name: _checked_size(name, getattr(hf, name), file) for name in names}
+    head_dim = _checked_size(
+        "head_dim",
+        getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+        file,
+    )
     num_heads, num_kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if num_heads % num_kv_heads:
         raise ModelError(
             f"{file} has {num_heads} attention heads and {num_kv_heads} key/value heads; "
             "the first must be a multiple of the second"
         )
-    if sizes["head_dim"] % 2:
-        raise ModelError(f"{file} has head_dim {sizes['head_dim']}; RoPE needs an even one")
+    if head_dim % 2:
+        raise ModelError(f"{file} has head_dim {head_dim}; RoPE needs an even one")
     attention_bias = bool(getattr(hf, "attention_bias", False)) and family != "Mistral"
     return ModelConfig(
         architecture=architecture,
@@ -158,7 +158,7 @@ def _from_transformers(hf: Any, *, architecture: str, dtype: str, file: Path) ->
         num_layers=sizes["num_hidden_layers"],
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_dim=sizes["head_dim"],
+        head_dim=head_dim,
         rms_norm_eps=float(hf.rms_norm_eps),
         rope=_rope(hf.rope_parameters, file),
         sliding_windows=_sliding_windows(hf, family, file),
@@ -173,6 +173,12 @@ def _from_transformers(hf: Any, *, architecture: str, dtype: str, file: Path) ->
         eos_token_ids=_eos_token_ids(hf.eos_token_id, file),
         bos_token_id=hf.bos_token_id,
     )
+
+
+def _checked_size(name: str, size: Any, file: Path) -> int:
+    if not isinstance(size, int) or not 1 <= size < _INT_LIMIT:
+        raise ModelError(f"{file} has {name} {size!r}; give a whole number in [1, {_INT_LIMIT})")
+    return size
 
 
 def _architecture(raw: Mapping[str, Any], file: Path) -> str:
