@@ -230,6 +230,9 @@ def _generate(
 
     # Its warnings are for callers of transformers; what matters here is an error of our own.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # torch's threads sleep while they wait: where other programs want the cores too, spinning ones
+    # made the demo 50 times slower on a CPU.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from graphengine import LLM  # imports torch, which takes seconds
 
     console = _progress_console(output)

@@ -108,7 +108,7 @@ def load_model_config(path: Path) -> ModelConfig:
         if raw.get(key):
             raise ModelError(
                 f"{file} has a {key}, which is not supported; "
-                "give a checkpoint with plain bfloat16, float16 or float32 weights"
+                "give a plain checkpoint in bfloat16, float16 or float32"
             )
 
     import transformers  # here and not above: it imports torch, which takes seconds
@@ -272,7 +272,7 @@ def _read_json(file: Path) -> Mapping[str, Any] | None:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read ({error}); it must be a JSON object") from error
     if not isinstance(value, dict):
         raise ModelError(f"{file} holds a JSON {type(value).__name__}; it must be a JSON object")

@@ -259,8 +259,8 @@ def _read(piece: _Piece, staging: Tensor) -> Tensor:
         num_read = os.preadv(piece.fd, [buffer[done:]], piece.offset + done)
         if num_read == 0:
             raise WeightsError(
-                f"{piece.file} ends at byte {piece.offset + done}, before its last tensor does; "
-                "download it again"
+                f"{piece.file} ends before byte {piece.offset + piece.num_bytes}, where a tensor "
+                "ends; download it again"
             )
         done += num_read
     return staging.view(piece.dtype)

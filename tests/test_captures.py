@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from late_streams import LateStreams
-from tiny import mutated
+from mutation import mutated
 
 import captures.banks
 import captures.streams

@@ -49,13 +49,14 @@ def empty_model(
     dtype: torch.dtype = torch.float32,
     max_model_len: int = MAX_MODEL_LEN,
     attention: AttentionBackend | None = None,
+    device: torch.device = CPU,
 ) -> DecoderModel:
     return DecoderModel(
         config,
         dtype=dtype,
-        device=CPU,
-        kernels=kernels_for(CPU),
-        attention=attention or make_attention("auto", CPU),
+        device=device,
+        kernels=kernels_for(device),
+        attention=attention or make_attention("reference", device),
         max_model_len=max_model_len,
     )
 

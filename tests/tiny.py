@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,15 +132,3 @@ def make_world(path: Path) -> World:
 
 def request(token_ids: Sequence[int], **params: Any) -> Request:
     return Request({"prompt_token_ids": list(token_ids)}, SamplingParams(**params))
-
-
-def mutated(function: Callable[..., Any], old: str, new: str) -> Callable[..., Any]:
-    """`function` with one piece of its source replaced. Fails if the piece is not there once, so
-    that a mutation test cannot outlive the code it mutates."""
-    source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(old) == 1, f"{function.__qualname__} holds {old!r} {source.count(old)} times"
-    namespace = dict(function.__globals__)
-    code = f"from __future__ import annotations\n{source.replace(old, new)}"
-    exec(compile(code, f"<mutated {function.__qualname__}>", "exec"), namespace)
-    result: Callable[..., Any] = namespace[function.__name__]
-    return result
