@@ -31,7 +31,7 @@ from graphengine.output_file import (
     write_in_order,
 )
 from graphengine.progress import Progress, summary
-from graphengine.prompt_file import UntilBroken, check_prompts, count_requests, read_requests
+from graphengine.prompt_file import check_prompts, open_prompts
 from graphengine.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -218,13 +218,7 @@ def _generate(
     output: str | None,
 ) -> None:
     # All that can be wrong with the input is found before the seconds a model takes to load.
-    if input is not None:
-        total = count_requests(input)
-        requests = UntilBroken(read_requests(input))
-    else:
-        given = check_prompts(prompts or [])
-        total = len(given)
-        requests = UntilBroken(given)
+    requests = check_prompts(prompts or []) if input is None else open_prompts(input)
     if output is not None:
         check_output_path(output, input)
 
@@ -242,7 +236,7 @@ def _generate(
             # Closed before the engine is, also when writing fails.
             stream = cast("Generator[RequestOutput]", llm.stream(requests, sampling_params))
             outputs = stack.enter_context(contextlib.closing(stream))
-            with Progress(llm.stats, total, console):
+            with Progress(llm.stats, requests.num_requests, console):
                 write_in_order(outputs, writer)
         finally:
             stats = llm.stats()

@@ -119,16 +119,19 @@ class LLM:
         if self._is_streaming:
             raise RuntimeError("this LLM is streaming already; finish or close that stream first")
         self._is_streaming = True
-        self._start_run()
-        sequences = self._intake.sequences(requests, sampling_params or SamplingParams())
-        feeder = Feeder(sequences, depth=self.config.max_num_seqs)
+        feeder: Feeder | None = None
         try:
+            self._start_run()
+            sequences = self._intake.sequences(requests, sampling_params or SamplingParams())
+            feeder = Feeder(sequences, depth=self.config.max_num_seqs)
             yield from self._loop(feeder, is_patient=isinstance(requests, Sized))
         finally:
-            feeder.close()
-            self._counters.ended_s = time.perf_counter()
-            self._runner.reset()
             self._is_streaming = False
+            if feeder is not None:
+                feeder.close()
+            self._counters.ended_s = time.perf_counter()
+            if not self._is_closed:
+                self._runner.reset()
 
     def stats(self) -> EngineStats:
         """A snapshot of the stream that runs, or of the last one. Cheap; any thread may ask."""
@@ -212,6 +215,8 @@ class LLM:
             self._clock.collect()
             laps.end("output")
             yield from outputs
+            if self._is_closed:
+                raise RuntimeError("this LLM was closed while it streamed")
             if in_flight and (batch is None or len(in_flight) > depth):
                 ended = self._commit(in_flight.popleft())
             elif batch is None:

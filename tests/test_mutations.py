@@ -35,24 +35,26 @@ def fixed_requests(world: World) -> list[Request]:
     return [
         request(
             [(7 * index + 3 * place) % world.vocab_size for place in range(1 + index % 9)],
-            temperature=0.0 if index % 3 else 1.0,
+            temperature=(0.0, 0.0, 2.0)[index % 3],
             seed=index,
-            max_tokens=2 + 5 * index % 17,
-            min_tokens=index % 2,
-            stop_token_ids=[index % 30, 14, 23],
+            max_tokens=3 + 5 * index % 17,
+            min_tokens=index % 4,
+            stop_token_ids=[index % 30, 3, 12, 14, 23, 26],
             stop=["ab", "d"] if index % 4 == 0 else [],
         )
-        for index in range(16)
+        for index in range(24)
     ]
 
 
 def run(world: World) -> list[str]:
-    """What goes wrong, request by request. Three rows run in a bucket of four, and few blocks."""
+    """What goes wrong, request by request. Buckets of 1, 2, 4 and 7 rows, and few blocks."""
     requests = fixed_requests(world)
     with world.llm(
-        max_num_seqs=5, num_gpu_blocks_override=10, max_num_batched_tokens=12
+        max_num_seqs=7, num_gpu_blocks_override=13, max_num_batched_tokens=12
     ) as llm:
-        return world.wrong(requests, list(llm.stream(requests)))
+        outputs = list(llm.stream(requests))
+        assert llm.stats().num_preemptions > 0
+        return world.wrong(requests, outputs)
 
 
 def use_late_copies(monkeypatch: pytest.MonkeyPatch) -> None:
