@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -35,10 +35,7 @@ from graphengine.prompt_file import check_prompts, open_prompts
 from graphengine.request import SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from graphengine.plan import Plan
-    from graphengine.request import RequestOutput
 
 FAILED_REQUESTS = 1
 BAD_INPUT = 2
@@ -234,7 +231,7 @@ def _generate(
         writer = _writer(output, console, stack)
         try:
             # Closed before the engine is, also when writing fails.
-            stream = cast("Generator[RequestOutput]", llm.stream(requests, sampling_params))
+            stream = llm.stream(requests, sampling_params)
             outputs = stack.enter_context(contextlib.closing(stream))
             with Progress(llm.stats, requests.num_requests, console):
                 write_in_order(outputs, writer)

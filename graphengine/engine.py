@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
 from collections.abc import Sequence as SequenceOf
 from types import TracebackType
 
@@ -107,7 +107,7 @@ class LLM:
         self,
         requests: Iterable[Prompt | Request],
         sampling_params: SamplingParams | None = None,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput]:
         """Outputs as they finish. Reads `requests` in a thread, only as far ahead as the engine
         needs, so neither has to fit in memory. Leaving the iterator early, by an exception or
         close(), drops what is unfinished; the LLM can be used again.

@@ -56,7 +56,6 @@ class Laps:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now_s - self._since_s
         self._since_s = now_s
 
-
     def mean_ms(self) -> dict[str, float]:
         """Milliseconds of each phase, mean of the times it ran. Any thread may ask."""
         seconds = dict(self.seconds)  # copied first: its phases are then all in the counts

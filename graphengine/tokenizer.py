@@ -63,10 +63,11 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RequestError(
-                f"the text holds half of a surrogate pair (\\u{ord(text[error.start]):04x}); take it "
-                "out"
+                f"the text holds half of a surrogate pair (\\u{ord(text[error.start]):04x}); "
+                "take it out"
             ) from error
-        ids: list[int] = self.hf.encode(text, add_special_tokens=add_special_tokens)
+        # verbose=False: the engine itself says when a prompt is too long.
+        ids: list[int] = self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False)
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
