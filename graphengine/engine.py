@@ -118,6 +118,8 @@ class LLM:
             raise RuntimeError("this LLM is closed; make a new one")
         if self._is_streaming:
             raise RuntimeError("this LLM is streaming already; finish or close that stream first")
+        if isinstance(requests, (str, Mapping)):
+            requests = [requests]  # one prompt, not its letters or keys
         self._is_streaming = True
         feeder: Feeder | None = None
         try:
