@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
@@ -53,6 +54,8 @@ class LLM:
         laps.end("tokenizer")
         self._clock, self._runner, self.num_blocks = build_runner(resolved, laps)
         self.startup_s = laps.seconds
+        # What capturing the graphs cost; None in eager mode.
+        self.capture_report: CaptureReport | None = self._runner.capture_report
         eos_token_ids = resolved.model_config.eos_token_ids
         if not eos_token_ids and self.tokenizer and self.tokenizer.eos_token_id is not None:
             eos_token_ids = (self.tokenizer.eos_token_id,)
@@ -76,11 +79,6 @@ class LLM:
     @property
     def max_model_len(self) -> int:
         return self._resolved.max_model_len
-
-    @property
-    def capture_report(self) -> CaptureReport | None:
-        """What capturing the graphs cost; None in eager mode."""
-        return self._runner.capture_report
 
     def generate(
         self,
@@ -167,6 +165,8 @@ class LLM:
         self._runner.close()
         del self._runner
         if self._resolved.device.type == "cuda":
+            # One cuBLAS workspace a stream, which torch would keep for a stream nobody uses again.
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
 
     def __enter__(self) -> LLM:
@@ -232,9 +232,13 @@ class LLM:
     ) -> list[RequestOutput]:
         """Tops up the waiting queue with what was read ahead; gives the outputs of refused
         requests. Waits for more when there is nothing else to do, or when `is_patient`."""
-        outputs = []
+        outputs: list[RequestOutput] = []
+        most = self.config.max_num_seqs
         timeout_s = None if is_idle or is_patient else 0.0
-        while self._scheduler.num_waiting < self.config.max_num_seqs:
+        gather_until_s = math.inf
+        while self._scheduler.num_waiting < most and len(outputs) < most:
+            if not is_patient and gather_until_s < math.inf:
+                timeout_s = max(0.0, gather_until_s - time.perf_counter())
             item = feeder.get(timeout_s)
             if item is None:
                 break
@@ -246,8 +250,8 @@ class LLM:
                     break  # the caller hears of it before more is waited for
                 continue
             self._scheduler.add(item)
-            if is_idle and not is_patient:
-                timeout_s = _GATHER_S
+            if is_idle and gather_until_s == math.inf:
+                gather_until_s = time.perf_counter() + _GATHER_S
         return outputs
 
     def _commit(self, launched: Launched) -> list[tuple[Sequence, str | None]]:
@@ -331,4 +335,6 @@ def _make_tokenizer(resolved: Resolved) -> Tokenizer | None:
     if resolved.config.skip_tokenizer_init:
         return None
     name = resolved.config.tokenizer
-    return Tokenizer(resolved.model_path if name is None else resolve_model(name))
+    return Tokenizer(
+        resolved.model_path if name is None else resolve_model(name, with_weights=False)
+    )

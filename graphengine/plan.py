@@ -51,7 +51,7 @@ def plan(config: EngineConfig, *, gpu_memory_bytes: int | None = None) -> Plan:
 
     gpu_memory_bytes: plan for a card of that size instead of the one in this machine. Raises what
     making the engine would raise, CapacityError included."""
-    resolved = resolve(config)
+    resolved = resolve(config, needs_weights=False)
     attention = resolved.attention.name
     if gpu_memory_bytes is None and resolved.device.type == "cuda":
         gpu_memory_bytes = torch.cuda.get_device_properties(resolved.device).total_memory
