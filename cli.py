@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from graphengine.output_file import (
     TextWriter,
     Writer,
     check_output_path,
+    one_line,
+    write_errors,
     write_in_order,
 )
 from graphengine.progress import Progress, summary
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 FAILED_REQUESTS = 1
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell counts it
+MAX_GPU_MEMORY_GIB = 2**20
+_STDOUT_NAME = "standard output"
 
 app = typer.Typer(
     name="graphengine",
@@ -53,6 +58,9 @@ app = typer.Typer(
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that its encoding lacks becomes a "?"; it is no reason to end a run.
+        sys.stdout.reconfigure(errors="replace")
     app()
 
 
@@ -274,10 +282,23 @@ def plan(
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
         )
+        memory_bytes = None if gpu_memory_gib is None else _memory_bytes(gpu_memory_gib)
         from graphengine.plan import plan as plan_for
 
-        memory_bytes = None if gpu_memory_gib is None else int(gpu_memory_gib * 2**30)
-        _print_plan(model, plan_for(config, gpu_memory_bytes=memory_bytes))
+        found = plan_for(config, gpu_memory_bytes=memory_bytes)
+        with write_errors(_STDOUT_NAME):
+            _print_plan(model, found)
+            sys.stdout.flush()
+
+
+def _memory_bytes(gpu_memory_gib: float) -> int:
+    num_bytes = gpu_memory_gib * 2**30
+    if not 1 <= num_bytes <= MAX_GPU_MEMORY_GIB * 2**30:
+        raise ConfigError(
+            f"--gpu-memory-gib is {gpu_memory_gib:g}; give a number above 0, "
+            f"at most {MAX_GPU_MEMORY_GIB:,}"
+        )
+    return int(num_bytes)
 
 
 def _print_plan(model: str, plan: Plan) -> None:
@@ -308,11 +329,23 @@ def _errors_as_exit_codes() -> Iterator[None]:
     try:
         yield
     except GraphEngineError as error:
-        _say("error: " + " ".join(str(error).splitlines()))
+        _drop_unwritten_output()
+        _say("error: " + one_line(str(error)))
         raise typer.Exit(BAD_INPUT) from error
     except KeyboardInterrupt as error:
         _say("interrupted")
         raise typer.Exit(INTERRUPTED) from error
+
+
+def _drop_unwritten_output() -> None:
+    """What standard output cannot take, Python would try to write again at exit, and end with
+    another error and exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _parse_ids(values: list[str]) -> tuple[int, ...]:
@@ -336,12 +369,14 @@ def _progress_console(output: str | None) -> Console:
 
 def _writer(output: str | None, console: Console, stack: contextlib.ExitStack) -> Writer:
     if output == STDOUT:
-        return JsonlWriter(sys.stdout.buffer, "standard output")
+        return JsonlWriter(sys.stdout.buffer, _STDOUT_NAME)
     if output is not None:
-        return JsonlWriter(stack.enter_context(open(output, "wb", buffering=0)), output)
+        with write_errors(output):
+            file = stack.enter_context(open(output, "wb", buffering=0))
+        return JsonlWriter(file, output)
     if sys.stdout.isatty():
         return TerminalWriter(console)
-    return TextWriter(sys.stdout)
+    return TextWriter(sys.stdout, _STDOUT_NAME)
 
 
 def _say(line: str) -> None:
