@@ -372,8 +372,7 @@ def _writer(output: str | None, console: Console, stack: contextlib.ExitStack) -
         return JsonlWriter(sys.stdout.buffer, _STDOUT_NAME)
     if output is not None:
         with write_errors(output):
-            file = stack.enter_context(open(output, "wb", buffering=0))
-        return JsonlWriter(file, output)
+            return JsonlWriter(stack.enter_context(open(output, "wb", buffering=0)), output)
     if sys.stdout.isatty():
         return TerminalWriter(console)
     return TextWriter(sys.stdout, _STDOUT_NAME)

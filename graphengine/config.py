@@ -14,7 +14,8 @@ LOAD_FORMATS = ("auto", "dummy")
 
 # Stop ids (EOS included) a request may have: the width of a per-sequence table.
 MAX_STOP_IDS = 32
-# Every eighth batch size has a graph: more rows would take minutes to capture.
+# Graphs are captured for that many rows and a ladder of sizes below: 79 of them at 4096, and
+# their number grows with the limit.
 MAX_NUM_SEQS = 4096
 
 
@@ -87,7 +88,8 @@ class EngineConfig:
             ("num_gpu_blocks_override", 1),
         ):
             value = getattr(self, name)
-            if value is not None and (not _is_int(value) or value < smallest):
+            is_given = value is not None or name in ("max_num_seqs", "max_num_batched_tokens")
+            if is_given and (not _is_int(value) or value < smallest):
                 raise ConfigError(f"{name} is {value!r}; give a whole number >= {smallest}")
         if self.max_num_seqs > MAX_NUM_SEQS:
             raise ConfigError(

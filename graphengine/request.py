@@ -27,7 +27,8 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How one request is sampled. Names, defaults and meanings are vLLM's, save where noted.
 
-    temperature: 0 is greedy, at most MAX_TEMPERATURE. top_k: 0 or -1 keeps all. top_p in (0, 1], min_p in [0, 1].
+    temperature: 0 is greedy; at most MAX_TEMPERATURE. top_k: 0 or -1 keeps all. top_p in (0, 1],
+    min_p in [0, 1].
     The order is temperature, top-k, top-p on what top-k left, min-p against the likeliest token.
     seed: None derives one from the engine's seed and the request's place in the input, so a
     rerun of the same input gives the same tokens.

@@ -127,7 +127,7 @@ SHAPES = st.builds(
     Shape,
     max_num_seqs=st.integers(1, 6),
     block_size=st.sampled_from([1, 2, 3, 4, 8]),
-    num_spare_blocks=st.integers(0, 8),
+    num_spare_blocks=st.integers(0, 5),
     max_num_batched_tokens=st.sampled_from([1, 2, 5, 9, 16, 64]),
     async_scheduling=st.sampled_from([True, True, False]),
     copies_are_late=st.booleans(),
@@ -136,7 +136,7 @@ SHAPES = st.builds(
 
 @given(SHAPES, st.integers(0, 2**32 - 1), st.integers(1, 12))
 @settings(
-    max_examples=90,
+    max_examples=120,
     derandomize=True,
     database=None,
     deadline=None,
