@@ -29,7 +29,7 @@ def build_runner(resolved: Resolved, laps: Laps) -> tuple[StepClock, ModelRunner
     model = _load_model(resolved)
     laps.end("weights")
     streams = make_streams(resolved.device)
-    clock = StepClock(streams)
+    clock = StepClock(streams, times_copies=resolved.config.trace is not None)
     num_blocks = _num_blocks(resolved, model, streams)
     laps.end("memory")
     runner = _make_runner(resolved, model, streams, clock, num_blocks, resolved.ladder)

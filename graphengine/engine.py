@@ -6,11 +6,12 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from collections.abc import Sequence as SequenceOf
+from pathlib import Path
 from types import TracebackType
 
 import torch
 
-from captures import CaptureReport
+from captures import COMPUTE, CaptureReport
 from graphengine.block_manager import BlockManager
 from graphengine.build import build_runner, make_table
 from graphengine.config import EngineConfig, engine_config
@@ -30,6 +31,7 @@ from graphengine.request import (
 from graphengine.resolve import Resolved, resolve
 from graphengine.scheduler import DecodeBatch, Scheduler
 from graphengine.tokenizer import StopStrings, Tokenizer
+from graphengine.trace import TraceFile
 
 # How long an idle engine waits for more requests before it starts with those it has.
 _GATHER_S = 0.01
@@ -43,11 +45,14 @@ class LLM:
     """
 
     def __init__(self, model: str, **options: object) -> None:
-        laps = Laps()
-        resolved = resolve(engine_config(model, **options))
+        config = engine_config(model, **options)
+        self._trace = None
+        if config.trace is not None:
+            self._trace = TraceFile(Path(config.trace), start_s=time.perf_counter())
+        laps = self._make_laps()
+        resolved = resolve(config)
         self._resolved = resolved
         laps.end("config")
-        config = resolved.config
         self.model_config = resolved.model_config
         self.tokenizer = _make_tokenizer(resolved)
         laps.end("tokenizer")
@@ -127,6 +132,7 @@ class LLM:
         finally:
             feeder.close()
             self._counters.ended_s = time.perf_counter()
+            self._take_spans()
             self._runner.reset()
             self._is_streaming = False
 
@@ -152,6 +158,8 @@ class LLM:
             gpu_busy=reading.busy_share if self._resolved.device.type == "cuda" else None,
             longest_gap_ms=reading.longest_gap_ms,
             host_ms=counters.laps.mean_ms(),
+            idle_host_ms=dict(counters.idle.host_ms),
+            longest_gaps=counters.idle.longest,
         )
 
     def close(self) -> None:
@@ -159,6 +167,8 @@ class LLM:
         if self._is_closed:
             return
         self._is_closed = True
+        if self._trace is not None:
+            self._trace.close()
         self._runner.close()
         del self._runner
         if self._resolved.device.type == "cuda":
@@ -188,7 +198,7 @@ class LLM:
         )
         self._stop_strings: dict[int, StopStrings] = {}
         self._clock.reset()
-        self._counters = RunCounters()
+        self._counters = RunCounters(laps=self._make_laps())
 
     def _loop(self, feeder: Feeder, *, is_patient: bool) -> Iterator[RequestOutput]:
         """One turn launches step N+1 while N runs, then waits for N. What ended in N - 1 is turned
@@ -209,8 +219,8 @@ class LLM:
                 laps.end("launch" if isinstance(batch, DecodeBatch) else "prefill")
             outputs += [self._output(sequence, text) for sequence, text in ended]
             ended = []
-            self._clock.collect()
             laps.end("output")
+            self._take_spans()
             yield from outputs
             if in_flight and (batch is None or len(in_flight) > depth):
                 ended = self._commit(in_flight.popleft())
@@ -242,6 +252,18 @@ class LLM:
             if is_idle and not is_patient:
                 timeout_s = _GATHER_S
         return outputs
+
+    def _take_spans(self) -> None:
+        """Accounts for what the device has finished."""
+        counters = self._counters
+        for span in self._clock.collect():
+            if span.stream == COMPUTE:
+                counters.idle.add(span.start_s, span.end_s, counters.laps.recent)
+            if self._trace is not None:
+                self._trace.add_span(span)
+
+    def _make_laps(self) -> Laps:
+        return Laps(None if self._trace is None else self._trace.add_lap)
 
     def _commit(self, launched: Launched) -> list[tuple[Sequence, str | None]]:
         """Waits for a step and takes up its results: the sequences that ended, and their text where
