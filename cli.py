@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -31,14 +31,11 @@ from graphengine.output_file import (
     write_in_order,
 )
 from graphengine.progress import Progress, summary
-from graphengine.prompt_file import UntilBroken, check_prompts, count_requests, read_requests
+from graphengine.prompt_file import check_prompts, open_prompts
 from graphengine.request import SamplingParams
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from graphengine.plan import Plan
-    from graphengine.request import RequestOutput
 
 FAILED_REQUESTS = 1
 BAD_INPUT = 2
@@ -218,13 +215,7 @@ def _generate(
     output: str | None,
 ) -> None:
     # All that can be wrong with the input is found before the seconds a model takes to load.
-    if input is not None:
-        total = count_requests(input)
-        requests = UntilBroken(read_requests(input))
-    else:
-        given = check_prompts(prompts or [])
-        total = len(given)
-        requests = UntilBroken(given)
+    requests = check_prompts(prompts or []) if input is None else open_prompts(input)
     if output is not None:
         check_output_path(output, input)
 
@@ -240,9 +231,9 @@ def _generate(
         writer = _writer(output, console, stack)
         try:
             # Closed before the engine is, also when writing fails.
-            stream = cast("Generator[RequestOutput]", llm.stream(requests, sampling_params))
+            stream = llm.stream(requests, sampling_params)
             outputs = stack.enter_context(contextlib.closing(stream))
-            with Progress(llm.stats, total, console):
+            with Progress(llm.stats, requests.num_requests, console):
                 write_in_order(outputs, writer)
         finally:
             stats = llm.stats()

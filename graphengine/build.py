@@ -15,7 +15,7 @@ from graphengine.model import DecoderModel
 from graphengine.model_runner import ModelRunner
 from graphengine.resolve import Resolved
 from graphengine.sequence_table import SequenceTable
-from graphengine.weights import dummy_weights, load_weights
+from graphengine.weights import check_weights, dummy_weights, load_weights
 
 # Without a figure from the user the CPU's KV cache takes what could be used, at most this much.
 CPU_KV_BYTES = 2**30
@@ -79,6 +79,10 @@ def check_one_sequence_fits(num_blocks: int, resolved: Resolved) -> None:
 
 
 def _load_model(resolved: Resolved) -> DecoderModel:
+    is_dummy = resolved.config.load_format == "dummy"
+    if not is_dummy:
+        # Headers only: a bad checkpoint fails before anything is allocated.
+        check_weights(resolved.model_path, resolved.model_config)
     model = DecoderModel(
         resolved.model_config,
         dtype=resolved.dtype,
@@ -87,7 +91,7 @@ def _load_model(resolved: Resolved) -> DecoderModel:
         attention=resolved.attention,
         max_model_len=resolved.max_model_len,
     )
-    if resolved.config.load_format == "dummy":
+    if is_dummy:
         dummy_weights(model, seed=resolved.config.seed)
     else:
         load_weights(model, resolved.model_path, resolved.model_config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from graphengine.config import EngineConfig, engine_config
 from graphengine.errors import RequestError
 from graphengine.hub import resolve_model
 from graphengine.intake import Feeder, Intake, Prompt
-from graphengine.metrics import EngineStats, Laps, RunCounters
+from graphengine.metrics import EngineStats, Lap, Laps, RunCounters
 from graphengine.model_runner import Launched
 from graphengine.request import (
     CompletionOutput,
@@ -83,6 +83,15 @@ class LLM:
         return self._resolved.max_model_len
 
     @property
+    def block_size(self) -> int:
+        return self._resolved.block_size
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Of one weight, and of one element of the KV cache."""
+        return self._resolved.dtype.itemsize
+
+    @property
     def capture_report(self) -> CaptureReport | None:
         """What capturing the graphs cost; None in eager mode."""
         return self._runner.capture_report
@@ -112,7 +121,7 @@ class LLM:
         self,
         requests: Iterable[Prompt | Request],
         sampling_params: SamplingParams | None = None,
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput]:
         """Outputs as they finish. Reads `requests` in a thread, only as far ahead as the engine
         needs, so neither has to fit in memory. Leaving the iterator early, by an exception or
         close(), drops what is unfinished; the LLM can be used again.
@@ -124,17 +133,20 @@ class LLM:
         if self._is_streaming:
             raise RuntimeError("this LLM is streaming already; finish or close that stream first")
         self._is_streaming = True
-        self._start_run()
-        sequences = self._intake.sequences(requests, sampling_params or SamplingParams())
-        feeder = Feeder(sequences, depth=self.config.max_num_seqs)
+        feeder: Feeder | None = None
         try:
+            self._start_run()
+            sequences = self._intake.sequences(requests, sampling_params or SamplingParams())
+            feeder = Feeder(sequences, depth=self.config.max_num_seqs)
             yield from self._loop(feeder, is_patient=isinstance(requests, Sized))
         finally:
-            feeder.close()
-            self._counters.ended_s = time.perf_counter()
-            self._take_spans()
-            self._runner.reset()
             self._is_streaming = False
+            if feeder is not None:
+                feeder.close()
+            self._counters.ended_s = time.perf_counter()
+            if not self._is_closed:
+                self._take_spans()
+                self._runner.reset()
 
     def stats(self) -> EngineStats:
         """A snapshot of the stream that runs, or of the last one. Cheap; any thread may ask."""
@@ -161,6 +173,11 @@ class LLM:
             idle_host_ms=dict(counters.idle.host_ms),
             longest_gaps=counters.idle.longest,
         )
+
+    def timeline(self) -> tuple[list[Lap], list[tuple[str, float, float]]]:
+        """The last few steps of the stream: the host's phases, and the device's launches as (label,
+        start, end); seconds of perf_counter."""
+        return list(self._counters.laps.recent), list(self._counters.idle.recent)
 
     def close(self) -> None:
         """Frees graphs, KV cache and weights. Safe to call twice."""
@@ -222,6 +239,8 @@ class LLM:
             laps.end("output")
             self._take_spans()
             yield from outputs
+            if self._is_closed:
+                raise RuntimeError("this LLM was closed while it streamed")
             if in_flight and (batch is None or len(in_flight) > depth):
                 ended = self._commit(in_flight.popleft())
             elif batch is None:
@@ -258,7 +277,7 @@ class LLM:
         counters = self._counters
         for span in self._clock.collect():
             if span.stream == COMPUTE:
-                counters.idle.add(span.start_s, span.end_s, counters.laps.recent)
+                counters.idle.add(span.label, span.start_s, span.end_s, counters.laps.recent)
             if self._trace is not None:
                 self._trace.add_span(span)
 

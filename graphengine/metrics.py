@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 # A gap is looked at once the launch after it has ended, at most three turns of six laps later.
-_RECENT_LAPS = 64
+_RECENT_LAPS = 128
+_RECENT_LAUNCHES = 16
 # Shorter ones are the device's own time between two launches.
 _LEAST_GAP_MS = 0.02
 _NUM_LONGEST = 5
@@ -109,10 +110,12 @@ class IdleAccount:
         self._last_end_s: float | None = None
         self.host_ms: dict[str, float] = {}
         self._longest: list[tuple[float, float, Gap]] = []
+        self.recent: deque[tuple[str, float, float]] = deque(maxlen=_RECENT_LAUNCHES)
 
-    def add(self, start_s: float, end_s: float, recent: Iterable[Lap]) -> None:
+    def add(self, label: str, start_s: float, end_s: float, recent: Iterable[Lap]) -> None:
         """A launch ran on the device from start_s to end_s; launches come in order. recent: laps of
         the host, oldest first, that cover the gap before it."""
+        self.recent.append((label, start_s, end_s))
         if self._last_end_s is not None:
             gap_s = start_s - self._last_end_s
             if 1e3 * gap_s >= _LEAST_GAP_MS:

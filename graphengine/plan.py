@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from graphengine.attention.flash import FlashAttention
 from graphengine.build import blocks_in, check_one_sequence_fits, cpu_kv_bytes
 from graphengine.config import EngineConfig
 from graphengine.errors import CapacityError
-from graphengine.resolve import Resolved, resolve
+from graphengine.resolve import Resolved, as_on_cuda, resolve
 
 # Memory of a CUDA context with the libraries' workspaces, and of one captured bucket for each
 # layer: rounded up from an H200 (perf/LOG.md).
@@ -51,8 +52,12 @@ def plan(config: EngineConfig, *, gpu_memory_bytes: int | None = None) -> Plan:
     gpu_memory_bytes: plan for a card of that size instead of the one in this machine. Raises what
     making the engine would raise, CapacityError included."""
     resolved = resolve(config)
+    attention = resolved.attention.name
     if gpu_memory_bytes is None and resolved.device.type == "cuda":
         gpu_memory_bytes = torch.cuda.get_device_properties(resolved.device).total_memory
+    elif gpu_memory_bytes is not None and resolved.device.type != "cuda":
+        resolved = as_on_cuda(resolved)
+        attention = FlashAttention.name if config.attention == "auto" else attention
     weight_bytes = resolved.model_config.num_parameters * resolved.dtype.itemsize
     working_bytes = _working_bytes(resolved)
     graph_bytes = _graph_bytes(resolved) if gpu_memory_bytes and not config.enforce_eager else 0
@@ -63,9 +68,9 @@ def plan(config: EngineConfig, *, gpu_memory_bytes: int | None = None) -> Plan:
     return Plan(
         model=str(resolved.model_path),
         architecture=resolved.model_config.architecture,
-        device=resolved.device.type if gpu_memory_bytes is None else "cuda",
+        device=resolved.device.type,
         dtype=str(resolved.dtype).removeprefix("torch."),
-        attention=resolved.attention.name,
+        attention=attention,
         num_parameters=resolved.model_config.num_parameters,
         weight_bytes=weight_bytes,
         total_bytes=gpu_memory_bytes,

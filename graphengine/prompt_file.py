@@ -62,19 +62,23 @@ def count_requests(path: str | Path) -> int | None:
     return sum(1 for _ in read_requests(path))
 
 
-def check_prompts(prompts: Iterable[str]) -> list[Request]:
+def check_prompts(prompts: Iterable[str]) -> UntilBroken:
     """Requests from prompts given one by one. Raises InputError naming the one that is empty."""
     requests = []
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
             raise InputError(f"prompt {number} is empty; give it at least one character")
         requests.append(Request(prompt))
-    return requests
+    return CountedUntilBroken(requests, len(requests))
 
 
 class UntilBroken:
     """Passes requests on, and ends before one that cannot be read instead of raising, so that what
-    was read before it is still finished; `error` then says what was wrong, else it is None."""
+    was read before it is still finished; `error` then says what was wrong, else it is None.
+
+    num_requests: None if unknown, as it is of standard input."""
+
+    num_requests: int | None = None
 
     def __init__(self, requests: Iterable[Request]) -> None:
         self.error: InputError | None = None
@@ -85,6 +89,27 @@ class UntilBroken:
             yield from self._requests
         except InputError as error:
             self.error = error
+
+
+class CountedUntilBroken(UntilBroken):
+    """Its length tells the engine that no request is far off, so that a rerun batches alike."""
+
+    def __init__(self, requests: Iterable[Request], num_requests: int) -> None:
+        super().__init__(requests)
+        self.num_requests = num_requests
+
+    def __len__(self) -> int:
+        assert self.num_requests is not None
+        return self.num_requests
+
+
+def open_prompts(path: str | Path) -> UntilBroken:
+    """The requests of a prompt file. Raises InputError as `count_requests` does."""
+    num_requests = count_requests(path)
+    requests = read_requests(path)
+    if num_requests is None:
+        return UntilBroken(requests)
+    return CountedUntilBroken(requests, num_requests)
 
 
 def _requests(file: BinaryIO, name: str) -> Iterator[Request]:

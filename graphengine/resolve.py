@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from captures import BucketLadder
 from graphengine.attention import AttentionBackend, make_attention
+from graphengine.attention.flash import FlashAttention
 from graphengine.config import EngineConfig
 from graphengine.errors import BackendError, ConfigError
 from graphengine.hub import resolve_model
@@ -66,6 +68,22 @@ def resolve(config: EngineConfig) -> Resolved:
         block_size=block_size,
         max_model_len=max_model_len,
         ladder=BucketLadder.up_to(config.max_num_seqs),
+    )
+
+
+def as_on_cuda(resolved: Resolved) -> Resolved:
+    """What a machine without a GPU resolved, as one with a GPU would have: for plans only, since
+    the attention backend stays what it is."""
+    config = resolved.config
+    is_auto = config.attention == "auto"
+    device = torch.device("cuda", 0)
+    attention = FlashAttention.name if is_auto else resolved.attention.name
+    block_size = FlashAttention.default_block_size if is_auto else resolved.block_size
+    return dataclasses.replace(
+        resolved,
+        device=device,
+        dtype=_dtype(config.dtype, resolved.model_config, device, attention),
+        block_size=config.block_size or block_size,
     )
 
 

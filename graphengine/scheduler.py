@@ -52,6 +52,7 @@ class Scheduler:
         self._blocks = blocks
         self._max_num_batched_tokens = max_num_batched_tokens
         self._waiting: deque[Sequence] = deque()
+        self._waiting_tokens = 0
         # seq_idx in arrival order, oldest first. A line is in exactly one of these three.
         self._running: Rows = np.empty(0, np.int64)
         self._prefilling: deque[int] = deque()  # prompt begun, more chunks to come
@@ -77,6 +78,7 @@ class Scheduler:
         """Queues a sequence. Its max_total fits max_model_len, and one such sequence fits the pool:
         both are checked before, so every sequence can run to its end once it is alone."""
         self._waiting.append(sequence)
+        self._waiting_tokens += len(sequence.prompt_token_ids)
 
     def schedule(self) -> PrefillBatch | DecodeBatch | None:
         """The next step, its counts already advanced as if it had run. None when every running
@@ -143,16 +145,19 @@ class Scheduler:
 
         A prefill stalls the running rows for about one weight read whatever its size; each step of
         waiting leaves the rows it could fill idle. Waiting until the idle rows add up to the rows
-        stalled costs at most twice the best choice (the ski-rental rule).
+        stalled costs at most twice the best choice (the ski-rental rule). Prompts that fill a step
+        by now gain nothing by more waiting.
         """
         if self._prefilling or len(self._running) == 0:
             return True
-        fillable = min(self._table.num_free, len(self._waiting)) + len(self._preempted)
-        if fillable == 0:
+        fresh = min(self._table.num_free, len(self._waiting))
+        if fresh + len(self._preempted) == 0:
             self._idle_rows = 0
             return False
-        self._idle_rows += fillable
-        return self._idle_rows >= len(self._running)
+        # By the mean length of those that wait: adding up theirs would cost a walk every step.
+        tokens = fresh * self._waiting_tokens // len(self._waiting) if fresh else 0
+        self._idle_rows += fresh + len(self._preempted)
+        return tokens >= self._max_num_batched_tokens or self._idle_rows >= len(self._running)
 
     def _schedule_prefill(self) -> PrefillBatch | None:
         table = self._table
@@ -196,6 +201,7 @@ class Scheduler:
         if idx >= 0:
             self._preempted.pop(0)
         else:
+            self._waiting_tokens -= len(prompt)
             idx = table.acquire(self._waiting.popleft(), self._num_arrivals)
             self._num_arrivals += 1
         table.give_blocks(idx, blocks.allocate(needed))

@@ -36,9 +36,9 @@ class Tokenizer:
         return token_id
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, special tokens added as the tokenizer is configured to."""
-        ids: list[int] = self.hf.encode(text)
-        return ids
+        """Token ids of a prompt, special tokens added as the tokenizer is configured to. Raises
+        RequestError if `text` is not Unicode."""
+        return self._encode(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, object]]) -> list[int]:
         """Token ids of a conversation, ready for the assistant's turn. Raises RequestError without
@@ -55,7 +55,19 @@ class Tokenizer:
             reason = " ".join(str(error).split())
             raise RequestError(f"the chat template refuses the messages: {reason}") from error
         # The template wrote the special tokens already.
-        ids: list[int] = self.hf.encode(text, add_special_tokens=False)
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Raises RequestError for a str that is no text: tokenizers would raise TypeError."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"the text holds half of a surrogate pair (\\u{ord(text[error.start]):04x}); "
+                "take it out"
+            ) from error
+        # verbose=False: the engine itself says when a prompt is too long.
+        ids: list[int] = self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False)
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
@@ -88,32 +100,31 @@ class StopStrings:
         self._window = 0  # first token that is decoded
         self._settled = 0  # tokens whose text is in _text
         self._text = ""
-        self._closed_to = 0  # characters of the first min_tokens tokens: no match may end there
+        self._searched = 0  # characters in which no match may end: searched, or of min_tokens
 
     def push(self, token_id: int) -> tuple[str, str] | None:
         """Takes one more token. Once a stop string is complete: that string, and the text before
         it."""
         self._token_ids.append(token_id)
-        searched = len(self._text)
         before = self._decode(self._token_ids[self._window : self._settled])
-        now = self._decode(self._token_ids[self._window :])
-        if len(now) > len(before) and not now.endswith(_REPLACEMENT):
-            self._text += now[len(before) :]
+        fresh = self._decode(self._token_ids[self._window :])[len(before) :]
+        # A token can hold a stop string and the start of a character: only the latter waits.
+        text = self._text + fresh.rstrip(_REPLACEMENT)
+        if fresh and not fresh.endswith(_REPLACEMENT):
+            self._text = text
             self._window, self._settled = self._settled, len(self._token_ids)
+        searched, self._searched = self._searched, len(text)
         if len(self._token_ids) <= self._min_tokens:
-            self._closed_to = len(self._text)
             return None
-        # A match must end in text that was not searched before.
-        searched = max(searched, self._closed_to)
         found = [
-            (at, text)
-            for text in self._stop
-            if (at := self._text.find(text, max(0, searched - len(text) + 1))) >= 0
+            (at, stop)
+            for stop in self._stop
+            if (at := text.find(stop, max(0, searched - len(stop) + 1))) >= 0
         ]
         if not found:
             return None
-        at, text = min(found)
-        return text, self._text[:at]
+        at, stop = min(found)
+        return stop, text[:at]
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)

@@ -1,4 +1,4 @@
-"""What was it measured on? Card, driver, clocks, versions, commit, and the card's read bandwidth."""
+"""What was it measured on? Card, driver, clocks, versions, commit, read bandwidth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast is it? Runs workloads in interleaved repeats and gathers every figure with its spread."""
+"""How fast is it? Runs workloads in interleaved repeats and gathers their figures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gc
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 
 from graphengine import LLM, Request, SamplingParams
 from graphengine.errors import ConfigError
+from graphengine.hub import resolve_model
+from graphengine.model_config import load_model_config
 from perf.environment import environment, gpu_state, read_bandwidth
 from perf.figures import merge
 from perf.shapes import write_shape
@@ -29,8 +31,6 @@ MODES = {
     "eager": {"async_scheduling": False, "enforce_eager": True},
 }
 Json = dict[str, Any]
-# Spans of this many milliseconds from the middle of a run are kept for the timeline picture.
-_TIMELINE_MS = 60.0
 
 
 def run(
@@ -47,9 +47,8 @@ def run(
     model: a checkpoint instead of each workload's random-weight shape. Workloads of one shape and
     mode share an engine, and their repeats take turns, so that a drift of the machine falls on all
     alike. Raises ConfigError for a workload or mode that does not exist."""
-    for name, known in ((*((n, WORKLOADS) for n in names), *((m, MODES) for m in modes))):
-        if name not in known:
-            raise ConfigError(f"no workload or mode {name!r}; choose from {', '.join(known)}")
+    _check_names("workload", names, WORKLOADS)
+    _check_names("mode", modes, MODES)
     result: Json = {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -68,7 +67,13 @@ def run(
                 if engine_group:
                     say(f"{shape if model is None else model}, {mode}: making the engine")
                     found = _run_group(
-                        engine_group, path, model is None, mode, scale, repeats, say,
+                        engine_group,
+                        path,
+                        model is None,
+                        mode,
+                        scale,
+                        repeats,
+                        say,
                         result["read_bandwidth_bytes_per_s"],
                     )
                     for name, measured in found.items():
@@ -77,12 +82,16 @@ def run(
                 if workload.kind == "startup":
                     say(f"{workload.name}: starting processes")
                     result["workloads"][workload.name] = {
-                        "async": measure_startup(
-                            model, shape, Path(folder), repeats=repeats
-                        )
+                        "async": measure_startup(model, shape, Path(folder), repeats=repeats)
                     }
     result["environment"]["gpu_after"] = gpu_state()
     return result
+
+
+def _check_names(kind: str, names: list[str], known: Mapping[str, object]) -> None:
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"no {kind} {name!r}; choose from {', '.join(known)}")
 
 
 def _run_group(
@@ -105,7 +114,10 @@ def _run_group(
         probe = StepProbe(llm) if any(w.kind == "grid" for w in workloads) else None
         for repeat in range(-1, repeats):  # the first warms up and is thrown away
             for workload in workloads:
-                say(f"{workload.name}, {mode}: " + (f"repeat {repeat + 1}" if repeat >= 0 else "warm-up"))
+                say(
+                    f"{workload.name}, {mode}: "
+                    + (f"repeat {repeat + 1}" if repeat >= 0 else "warm-up")
+                )
                 if workload.kind == "grid":
                     assert probe is not None
                     values = _grid(workload, llm, probe, scale, bandwidth)
@@ -129,11 +141,7 @@ def make_llm(
     path: str, max_len: int, workloads: list[Workload], scale: float, options: Json
 ) -> LLM:
     """An engine whose KV cache holds what the workloads need at once, and not more."""
-    from graphengine.resolve import resolve
-
-    from graphengine.config import engine_config
-
-    limit = resolve(engine_config(path, **options)).model_config.max_position_embeddings
+    limit = load_model_config(resolve_model(path)).max_position_embeddings
     if max_len > limit:
         raise ConfigError(
             f"the longest sequence has {max_len} tokens, the model takes {limit}; lower --scale"
@@ -151,16 +159,17 @@ def make_llm(
     )
 
 
-def _requests(
-    workload: Workload, llm: LLM, scale: float, bandwidth: float
-) -> tuple[Values, Json]:
+def _requests(workload: Workload, llm: LLM, scale: float, bandwidth: float) -> tuple[Values, Json]:
     lengths = workload.lengths(scale)
     vocab_size = llm.model_config.vocab_size
     requests = [
-        Request({"prompt_token_ids": ids}, SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True))
+        Request(
+            {"prompt_token_ids": ids},
+            SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True),
+        )
         for ids, (_, new) in zip(token_ids(lengths, vocab_size), lengths, strict=True)
     ]
-    with MemorySampler() as memory, Timeline(llm) as timeline:
+    with MemorySampler() as memory:
         outputs = list(llm.stream(requests))
     errors = [output.error for output in outputs if output.error]
     if errors:
@@ -199,19 +208,19 @@ def _requests(
             {"at_s": gap.at_s, "ms": gap.ms, "host_ms": gap.host_ms} for gap in stats.longest_gaps
         ],
         "memory": memory.samples,
-        "timeline": timeline.spans,
+        "timeline": _timeline(llm),
     }
     return values, detail
 
 
 def _shadow_ms(host_ms: dict[str, float]) -> float:
     """Host time of a decode step, prefills and waiting apart."""
-    return sum(host_ms.get(name, 0.0) for name in ("intake", "schedule", "launch", "output", "commit"))
+    return sum(
+        host_ms.get(name, 0.0) for name in ("intake", "schedule", "launch", "output", "commit")
+    )
 
 
-def _grid(
-    workload: Workload, llm: LLM, probe: StepProbe, scale: float, bandwidth: float
-) -> Values:
+def _grid(workload: Workload, llm: LLM, probe: StepProbe, scale: float, bandwidth: float) -> Values:
     values: Values = {}
     for context in workload.contexts:
         for rows in workload.rows:
@@ -223,7 +232,9 @@ def _grid(
             device_ms = point[f"device_ms[{rows} x {length}]"][0]
             num_bytes = weight_bytes(llm) + rows * length * _kv_token_bytes(llm)
             values[f"bandwidth_share[{rows} x {length}]"] = (
-                num_bytes / (1e-3 * device_ms) / bandwidth, "of 1", "higher",
+                num_bytes / (1e-3 * device_ms) / bandwidth,
+                "of 1",
+                "higher",
             )
     return values
 
@@ -286,5 +297,15 @@ class MemorySampler:
             self.samples.append({"at_s": time.perf_counter() - start_s, "used_bytes": used})
 
 
-class Timeline:
-    """Host laps and device spans of a stretch from the middle of a run."""
+def _timeline(llm: LLM) -> list[Json]:
+    """The last steps of a run, host and device, from the first thing shown on."""
+    laps, launches = llm.timeline()
+    spans = [("host", lap.phase, lap.start_s, lap.end_s) for lap in laps]
+    spans += [("device", *launch) for launch in launches]
+    # From where both are known.
+    begin_s = max(laps[0].start_s, launches[0][1]) if laps and launches else 0.0
+    return [
+        {"row": row, "name": name, "start_ms": 1e3 * (start - begin_s), "ms": 1e3 * (end - start)}
+        for row, name, start, end in spans
+        if start >= begin_s
+    ]

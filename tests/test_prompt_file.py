@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphengine.errors import InputError
-from graphengine.prompt_file import UntilBroken, check_prompts, count_requests, read_requests
+from graphengine.prompt_file import (
+    UntilBroken,
+    check_prompts,
+    count_requests,
+    open_prompts,
+    read_requests,
+)
 from graphengine.request import Request
 
 
@@ -200,8 +206,16 @@ def test_requests_passes_on_what_was_read_before_the_error(tmp_path: Path) -> No
     assert "prompts.txt:3: empty line" in str(requests.error)
 
 
+def test_only_what_can_be_counted_has_a_length(tmp_path: Path) -> None:
+    counted = open_prompts(write(tmp_path, "one\ntwo\n"))
+    assert isinstance(counted, Sized)
+    assert len(counted) == counted.num_requests == len(list(counted)) == 2
+    assert open_prompts("-").num_requests is None
+    assert not isinstance(open_prompts("-"), Sized)
+
+
 def test_empty_prompt_argument_is_named() -> None:
-    assert check_prompts(["a", " "]) == [Request("a"), Request(" ")]
+    assert list(check_prompts(["a", " "])) == [Request("a"), Request(" ")]
     with pytest.raises(InputError, match="prompt 2 is empty"):
         check_prompts(["a", ""])
 

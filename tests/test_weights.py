@@ -336,7 +336,7 @@ def memory_bytes(key: str) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_host_peak_stays_under_the_largest_shard(tmp_path: Path) -> None:
-    """The parameters, on the CPU here, are touched before. Two staging buffers make half a shard."""
+    """On the CPU the parameters count too, so they are touched first. Buffers take half a shard."""
     hf = hf_config("llama", vocab_size=8192, hidden_size=1024, architectures=["LlamaForCausalLM"])
     hf.save_pretrained(tmp_path)
     with torch.device("meta"):

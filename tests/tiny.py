@@ -82,7 +82,8 @@ class World:
     vocab_size: int
 
     def llm(self, **options: Any) -> LLM:
-        defaults: dict[str, Any] = {"max_model_len": MAX_MODEL_LEN, "block_size": 4}
+        """On the CPU unless told otherwise, whatever this machine has."""
+        defaults = {"device": "cpu", "max_model_len": MAX_MODEL_LEN, "block_size": 4}
         return LLM(str(self.path), **{**defaults, **options})
 
     def wrong(self, requests: Sequence[Request], outputs: Sequence[RequestOutput]) -> list[str]:

@@ -1,0 +1,279 @@
+"""Do imports point one way? Parses every module; the table below is the design's layout.
+
+captures <- host side (no torch) and device side (no scheduler) <- step_inputs, model_runner
+<- engine <- perf, cli.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A module that is missing here fails a test: say which side it is on.
+LAYERS: Mapping[str, tuple[str, ...]] = {
+    # Leaves that both sides may use. Neither torch nor state.
+    "common": ("errors", "config", "model_config", "hub"),
+    # What to run. Imports no torch, not even through others.
+    "host": (
+        "request",
+        "block_manager",
+        "sequence_table",
+        "scheduler",
+        "metrics",
+        "tokenizer",
+        "intake",
+        "prompt_file",
+        "output_file",
+        "progress",
+        "demo",
+        "demo.sums",
+    ),
+    # How it is computed. Knows nothing of sequences, blocks in use or schedules.
+    "device": (
+        "attention",
+        "attention.base",
+        "attention.flash",
+        "attention.reference",
+        "kernels",
+        "kernels.fused",
+        "kernels.fused_sampling",
+        "kernels.reference",
+        "checkpoint",
+        "kv_cache",
+        "layers",
+        "model",
+        "sampler",
+        "weights",
+    ),
+    # The only two that turn the one into the other.
+    "step": ("step_inputs", "model_runner"),
+    "engine": ("resolve", "build", "plan", "engine"),
+    # Made the demo model; nothing imports it.
+    "tool": ("demo.train",),
+}
+MAY_IMPORT: Mapping[str, set[str]] = {
+    "captures": {"captures"},
+    "common": {"common"},
+    "host": {"common", "host"},
+    "device": {"common", "device"},
+    "step": {"captures", "common", "host", "device", "step"},
+    "engine": {"captures", "common", "host", "device", "step", "engine"},
+    "tool": {"common", "host"},
+    "top": {"captures", "common", "host", "device", "step", "engine", "top"},
+}
+# Seconds to import, or needed on the device side alone.
+SLOW = {"torch", "transformers", "triton", "flash_attn", "safetensors", "tokenizers"}
+
+
+def paths() -> dict[str, Path]:
+    """Every module of ours by its dotted name."""
+    files = [ROOT / "cli.py"]
+    for package in ("captures", "graphengine", "perf"):
+        files += sorted((ROOT / package).rglob("*.py"))
+    names = {}
+    for path in files:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(part for part in parts if part != "__init__")] = path
+    return names
+
+
+MODULES = paths()
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text("utf-8"))
+
+
+def layer_of(module: str) -> str:
+    package, _, name = module.partition(".")
+    if package == "captures":
+        return "captures"
+    if module == "graphengine" or package in ("cli", "perf"):
+        return "top"  # graphengine/__init__ hands out names lazily
+    for layer, names in LAYERS.items():
+        if name in names:
+            return layer
+    pytest.fail(f"{module} is not in LAYERS: which side is it on?")
+
+
+def statements(module: str, *, at_import: bool) -> Iterator[ast.stmt]:
+    """Import statements: all of them, or those that run when the module is imported."""
+    pending: list[ast.AST] = [tree(module)]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield node
+        if at_import and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if at_import and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending += node.orelse
+            continue
+        pending += ast.iter_child_nodes(node)
+
+
+def imports(module: str, *, at_import: bool) -> set[str]:
+    """Dotted names: our modules in full, `from package import module` included."""
+    found: set[str] = set()
+    for statement in statements(module, at_import=at_import):
+        if isinstance(statement, ast.Import):
+            found |= {alias.name for alias in statement.names}
+        elif isinstance(statement, ast.ImportFrom):
+            assert statement.level == 0, f"{module} imports relative to itself"
+            assert statement.module is not None
+            found.add(statement.module)
+            members = {f"{statement.module}.{alias.name}" for alias in statement.names}
+            found |= members & set(MODULES)
+    return found
+
+
+def ours(names: set[str]) -> set[str]:
+    return names & set(MODULES)
+
+
+def loaded_with(module: str) -> set[str]:
+    """What importing `module` loads: parent packages and theirs included; others by their root."""
+    loaded: set[str] = set()
+    pending = [module]
+    while pending:
+        name = pending.pop()
+        if name in loaded:
+            continue
+        loaded.add(name)
+        if name not in MODULES:
+            continue
+        parent = name.rpartition(".")[0]
+        for found in [*imports(name, at_import=True), *([parent] if parent else [])]:
+            pending.append(found if found in MODULES else found.partition(".")[0])
+    return loaded
+
+
+def test_the_table_lists_modules_that_exist() -> None:
+    for layer, names in LAYERS.items():
+        for name in names:
+            assert f"graphengine.{name}" in MODULES, f"{name} of {layer} is gone"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module: str) -> None:
+    layer = layer_of(module)
+    for name in ours(imports(module, at_import=False)):
+        assert layer_of(name) in MAY_IMPORT[layer], f"{module} ({layer}) imports {name}"
+
+
+def test_captures_knows_only_torch_and_numpy() -> None:
+    for module in MODULES:
+        if layer_of(module) == "captures":
+            others = {name.partition(".")[0] for name in imports(module, at_import=False)}
+            others -= set(sys.stdlib_module_names)
+            assert others <= {"captures", "torch", "numpy"}, module
+
+
+def test_only_two_modules_below_the_engine_see_both_sides() -> None:
+    seeing = set()
+    for module in MODULES:
+        if layer_of(module) in ("engine", "top", "captures"):
+            continue
+        sides = {layer_of(name) for name in ours(imports(module, at_import=False))}
+        if {"host", "device"} <= sides | {layer_of(module)}:
+            seeing.add(module)
+    assert seeing == {"graphengine.step_inputs", "graphengine.model_runner"}
+
+
+@pytest.mark.parametrize(
+    "module", ["graphengine", "cli", *(m for m in MODULES if layer_of(m) in ("common", "host"))]
+)
+def test_host_side_loads_no_torch(module: str) -> None:
+    assert not loaded_with(module) & SLOW
+
+
+def test_host_side_loads_no_torch_in_fact() -> None:
+    """What the parser cannot see: imports by name, and those of other packages."""
+    modules = [m for m in MODULES if layer_of(m) in ("common", "host")] + ["graphengine", "cli"]
+    code = (
+        f"import sys, importlib\nfor name in {modules!r}: importlib.import_module(name)\n"
+        f"print(sorted({SLOW!r} & set(sys.modules)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_modules_import_in_no_circle() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " > ".join((*above, module))
+        if module in done:
+            return
+        for name in ours(imports(module, at_import=True)):
+            visit(name, (*above, module))
+        done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+# --- rules that hold in every module
+
+
+def nodes(module: str) -> Iterator[ast.AST]:
+    return ast.walk(tree(module))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_loads_code_or_pickles(module: str) -> None:
+    """Security: safetensors only, and a checkpoint's own code is never run."""
+    names = {name.partition(".")[0] for name in imports(module, at_import=False)}
+    assert not names & {"pickle", "marshal", "dill", "joblib", "shelve"}
+    for node in nodes(module):
+        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            assert isinstance(node.value, ast.Constant)
+            assert node.value.value is False
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("torch.load", "eval", "exec", "compile"), called
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if layer_of(m) != "top"])
+def test_environment_is_read_in_cli_only(module: str) -> None:
+    text = MODULES[module].read_text("utf-8")
+    assert "os.environ" not in text
+    assert "getenv" not in text
+
+
+# Called inside a captured step; a value read there would stop the host, or fail the capture.
+STEP_MODULES = (
+    "attention.flash",
+    "kernels.fused",
+    "kernels.fused_sampling",
+    "layers",
+    "model",
+    "sampler",
+)
+
+
+@pytest.mark.parametrize("name", STEP_MODULES)
+def test_step_modules_read_nothing_back(name: str) -> None:
+    for node in nodes(f"graphengine.{name}"):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            called = node.func.attr
+            assert called not in ("item", "tolist", "cpu", "numpy", "nonzero", "synchronize")
+
+
+def test_parser_sees_what_it_should() -> None:
+    """The test itself: an import in a function counts for the direction, not at import."""
+    assert "transformers" in imports("graphengine.tokenizer", at_import=False)
+    assert "transformers" not in imports("graphengine.tokenizer", at_import=True)
+    assert "torch" in loaded_with("graphengine.engine")
+    assert "graphengine.engine" not in loaded_with("graphengine")
+    assert {"captures", "torch"} <= loaded_with("captures.buckets"), "its package loads torch"

@@ -1,0 +1,167 @@
+"""Would the oracle notice? Each rule of the decode step is broken once; the tokens must go wrong.
+
+A rule that no test can miss could be dropped by the next change without anybody seeing it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from accounting import check_blocks
+from late_streams import LateStreams
+from mutation import mutated
+from tiny import World, make_world, request
+
+import graphengine.build
+import graphengine.model_runner
+import graphengine.step_inputs
+from captures import Banks, StepPipeline
+from graphengine import Request
+from graphengine.scheduler import Scheduler
+from graphengine.sequence_table import SequenceTable
+from graphengine.step_inputs import _fill_sampling, decode_fields, fill_decode, fill_prefill
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("tiny"))
+
+
+def fixed_requests(world: World) -> list[Request]:
+    """Stops of every kind at many places, so that lines change owners under steps in flight."""
+    return [
+        request(
+            [(7 * index + 3 * place) % world.vocab_size for place in range(1 + index % 9)],
+            temperature=(0.0, 0.0, 2.0)[index % 3],
+            seed=index,
+            max_tokens=3 + 5 * index % 17,
+            min_tokens=index % 4,
+            stop_token_ids=[index % 30, 3, 12, 14, 23, 26],
+            stop=["ab", "d"] if index % 4 == 0 else [],
+        )
+        for index in range(24)
+    ]
+
+
+def run(world: World) -> list[str]:
+    """What goes wrong, request by request. Buckets of 1, 2, 4 and 7 rows, and few blocks."""
+    requests = fixed_requests(world)
+    with world.llm(
+        max_num_seqs=7, num_gpu_blocks_override=13, max_num_batched_tokens=12
+    ) as llm:
+        outputs = list(llm.stream(requests))
+        assert llm.stats().num_preemptions > 0
+        return world.wrong(requests, outputs)
+
+
+def use_late_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphengine.build, "make_streams", lambda device: LateStreams())
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Replaces `old` by `new` in the function that `owner` knows as `name`."""
+
+    owner: Any
+    function: Callable[..., Any]
+    old: str
+    new: str
+    copies_are_late: bool = False
+
+    def apply(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        if self.copies_are_late:
+            use_late_copies(monkeypatch)
+        changed = mutated(self.function, self.old, self.new)
+        monkeypatch.setattr(self.owner, self.function.__name__, changed)
+
+
+RUNNER = graphengine.model_runner
+MUTATIONS = {
+    "a late result is taken for the line's next owner": Mutation(
+        Scheduler,
+        Scheduler.commit,
+        "live = table.epochs[batch.rows] == batch.epochs",
+        "live = np.ones(len(batch.rows), np.bool_)",
+    ),
+    "padded rows feed back to line 0": Mutation(
+        RUNNER, decode_fields, 'pad=table.null_idx', "pad=0"
+    ),
+    "padded rows write to block 1": Mutation(
+        RUNNER,
+        decode_fields,
+        'Field("slot_mapping", torch.int64, pad=NULL_BLOCK)',
+        'Field("slot_mapping", torch.int64, pad=table.block_size)',
+    ),
+    "a bank keeps rows of its last fill": Mutation(
+        StepPipeline, StepPipeline.open, "inputs[field.name][num_rows:] = field.pad", "pass"
+    ),
+    "a bank keeps block tables of its last fill": Mutation(
+        RUNNER,
+        fill_decode,
+        'np.take(table.block_tables, rows, axis=0, out=views["block_tables"][:n], mode="clip")',
+        "pass",
+    ),
+    "the step does not wait for its copy-in": Mutation(
+        Banks,
+        Banks.launch,
+        "streams.wait(COMPUTE, bank.copied)",
+        "pass",
+        copies_are_late=True,
+    ),
+    "the host does not wait for the copy-out": Mutation(
+        Banks, Banks.wait, "bank.ready.synchronize()", "pass", copies_are_late=True
+    ),
+    "a preempted sequence keeps its place": Mutation(
+        Scheduler, Scheduler._preempt, "table.num_computed[idx] = 0", "pass"
+    ),
+    "a chunk in mid-prompt counts as a token": Mutation(
+        Scheduler, Scheduler.commit, "live &= batch.samples", "pass"
+    ),
+    "positions do not count earlier chunks": Mutation(
+        RUNNER, fill_prefill, "batch.starts - (ends - lengths)", "-(ends - lengths)"
+    ),
+    "min_tokens is one token off": Mutation(
+        graphengine.step_inputs,
+        _fill_sampling,
+        "num_before < table.min_total[rows]",
+        "num_before + 1 < table.min_total[rows]",
+    ),
+    "the noise is that of the next position": Mutation(
+        RUNNER, fill_prefill, '["last_positions"][:n] = batch.ends - 1', '["last_positions"][:n] = batch.ends'
+    ),
+}
+
+
+@pytest.mark.parametrize("copies_are_late", [False, True])
+def test_nothing_goes_wrong_without_a_mutation(
+    world: World, monkeypatch: pytest.MonkeyPatch, copies_are_late: bool
+) -> None:
+    if copies_are_late:
+        use_late_copies(monkeypatch)
+    assert run(world) == []
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_oracle_notices(world: World, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    MUTATIONS[name].apply(monkeypatch)
+    try:
+        wrong = run(world)
+    except Exception:  # a broken step may also end in an index that is out of range
+        return
+    assert wrong != []
+
+
+def test_scan_notices_a_stale_column(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nano-vllm #190. Attention reads no further than a sequence is long, so tokens alone do not
+    show it."""
+    take_blocks = mutated(
+        SequenceTable.take_blocks, "self.block_tables[idx, :held] = NULL_BLOCK", "pass"
+    )
+    monkeypatch.setattr(SequenceTable, "take_blocks", take_blocks)
+    with world.llm(max_num_seqs=2) as llm:
+        llm.generate({"prompt_token_ids": [3, 4, 5]})
+        with pytest.raises(AssertionError, match="stale column"):
+            check_blocks(llm._table, llm._blocks)
