@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,7 +19,8 @@ from graphengine.config import (
     EngineConfig,
     engine_config,
 )
-from graphengine.errors import ConfigError, GraphEngineError
+from graphengine.errors import ConfigError
+from graphengine.exit_codes import BAD_INPUT, errors_as_exit_codes, say
 from graphengine.output_file import (
     STDOUT,
     JsonlWriter,
@@ -33,13 +33,12 @@ from graphengine.output_file import (
 from graphengine.progress import Progress, summary
 from graphengine.prompt_file import check_prompts, open_prompts
 from graphengine.request import SamplingParams
+from perf.commands import perf_app
 
 if TYPE_CHECKING:
     from graphengine.plan import Plan
 
 FAILED_REQUESTS = 1
-BAD_INPUT = 2
-INTERRUPTED = 130  # 128 + SIGINT, as a shell counts it
 
 app = typer.Typer(
     name="graphengine",
@@ -50,6 +49,7 @@ app = typer.Typer(
     # Plain help: the rich one cuts option names short on 80 columns.
     rich_markup_mode=None,
 )
+app.add_typer(perf_app, name="perf")
 
 
 def main() -> None:
@@ -172,7 +172,7 @@ def generate(
     Exit code: 0, or 1 if some requests failed (each output says why), 2 for bad input or if all
     failed, 130 after Ctrl-C (what was finished is in the output).
     """
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         if bool(prompts) == (input is not None):
             raise ConfigError("give prompts as arguments or --input FILE, one of the two")
         config = engine_config(
@@ -237,7 +237,7 @@ def _generate(
                 write_in_order(outputs, writer)
         finally:
             stats = llm.stats()
-            _say(summary(stats))
+            say(summary(stats))
     if requests.error is not None:
         raise requests.error
     if stats.num_failed:
@@ -261,7 +261,7 @@ def plan(
     ] = None,
 ) -> None:
     """Show what fits: weights, graphs, KV cache, sequences. Loads and allocates nothing."""
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         config = engine_config(
             model,
             dtype=dtype,
@@ -302,19 +302,6 @@ def _print_plan(model: str, plan: Plan) -> None:
         print(f"{num_sequences:12,} of {num_tokens:,} tokens")
 
 
-@contextlib.contextmanager
-def _errors_as_exit_codes() -> Iterator[None]:
-    """What a user can cause ends in one line and an exit code; a bug keeps its traceback."""
-    try:
-        yield
-    except GraphEngineError as error:
-        _say("error: " + " ".join(str(error).splitlines()))
-        raise typer.Exit(BAD_INPUT) from error
-    except KeyboardInterrupt as error:
-        _say("interrupted")
-        raise typer.Exit(INTERRUPTED) from error
-
-
 def _parse_ids(values: list[str]) -> tuple[int, ...]:
     try:
         return tuple(int(part) for value in values for part in value.split(","))
@@ -342,10 +329,6 @@ def _writer(output: str | None, console: Console, stack: contextlib.ExitStack) -
     if sys.stdout.isatty():
         return TerminalWriter(console)
     return TextWriter(sys.stdout)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "prompt_file",
         "output_file",
         "progress",
+        "exit_codes",
         "demo",
         "demo.sums",
     ),
