@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable
 
-# Rows between two neighbouring buckets, from each size on. Padding costs at most a quarter of a
-# bucket above 8 rows; a finer ladder costs capture time, which is near 50 ms a bucket at 8B.
+# Rows between two neighbouring buckets, from each size on. Padding costs less than a quarter of a
+# bucket above 24 rows; a finer ladder costs capture time, which is near 50 ms a bucket at 8B.
 _STRIDES = ((8, 8), (64, 16), (128, 32), (256, 64))
 
 

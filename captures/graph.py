@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 
@@ -70,8 +71,11 @@ class GraphRunner:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 self._step_fn(inputs, outputs)
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(Exception):  # the step's own error is the one to tell
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph
 
     @property

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from captures import BucketLadder, StepClock, Streams, make_streams
+from captures import BucketLadder, CaptureError, StepClock, Streams, make_streams
 from graphengine.errors import CapacityError
 from graphengine.kernels import kernels_for
 from graphengine.kv_cache import KVCache
@@ -26,16 +26,43 @@ _GRAPH_MARGIN = 1.2
 def build_runner(resolved: Resolved, laps: Laps) -> tuple[StepClock, ModelRunner, int]:
     """The clock, the runner with weights loaded and graphs captured, and the number of KV blocks
     sequences can hold. Raises WeightsError and CapacityError."""
+    try:
+        return _build_runner(resolved, laps)
+    except (torch.OutOfMemoryError, CaptureError, MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise CapacityError(
+            f"memory ran out while the engine was made ({' '.join(str(error).split())[:200]}); "
+            "free some, or lower gpu_memory_utilization, kv_cache_memory_bytes, max_model_len or "
+            "max_num_batched_tokens"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """The CPU allocator of torch says it with a plain RuntimeError."""
+    if error is None:
+        return False
+    named = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return named or "allocate memory" in str(error) or _is_out_of_memory(error.__cause__)
+
+
+def _build_runner(resolved: Resolved, laps: Laps) -> tuple[StepClock, ModelRunner, int]:
+    # Where nothing has to be measured, too little memory is known before the weights are read.
+    num_blocks = _num_blocks_if_known(resolved)
+    if num_blocks is not None:
+        check_one_sequence_fits(num_blocks, resolved)
     model = _load_model(resolved)
     laps.end("weights")
     streams = make_streams(resolved.device)
-    clock = StepClock(streams, times_copies=resolved.config.trace is not None)
-    num_blocks = _num_blocks(resolved, model, streams)
+    if num_blocks is None:
+        num_blocks = _num_blocks_that_fit(resolved, model, streams)
+        check_one_sequence_fits(num_blocks, resolved)
     laps.end("memory")
+    clock = StepClock(streams, times_copies=resolved.config.trace is not None)
     runner = _make_runner(resolved, model, streams, clock, num_blocks, resolved.ladder)
     if resolved.device.type == "cuda":
-        # Takes from the allocator now what the largest prefill will ever need of it.
-        runner.run_largest_prefill(make_table(resolved))
+        # Takes from the allocator now what the largest steps will ever need of it.
+        runner.run_largest_steps(make_table(resolved))
         clock.reset()
     laps.end("graphs")
     return clock, runner, num_blocks
@@ -71,10 +98,11 @@ def check_one_sequence_fits(num_blocks: int, resolved: Resolved) -> None:
         remedy = "raise kv_cache_memory_bytes"
     else:
         remedy = "raise gpu_memory_utilization"
+    if num_blocks > 0:
+        remedy = f"lower max_model_len to {num_blocks * block_size} or {remedy}"
     raise CapacityError(
         f"one sequence of max_model_len {resolved.max_model_len} needs {needed} KV blocks of "
-        f"{block_size} tokens, the memory granted holds {num_blocks}; lower max_model_len to "
-        f"{num_blocks * block_size} or {remedy}"
+        f"{block_size} tokens, the memory granted holds {num_blocks}; {remedy}"
     )
 
 
@@ -126,40 +154,42 @@ def _make_runner(
     )
 
 
-def _num_blocks(resolved: Resolved, model: DecoderModel, streams: Streams) -> int:
-    """KV blocks beside the null block: what the user says, or what the memory granted holds."""
+def _num_blocks_if_known(resolved: Resolved) -> int | None:
+    """KV blocks beside the null block, by the user's figure or the CPU's rule; None where they
+    depend on what is left of the GPU's memory."""
     config = resolved.config
     if config.num_gpu_blocks_override is not None:
-        num_blocks = config.num_gpu_blocks_override
-    elif config.kv_cache_memory_bytes is not None:
-        num_blocks = blocks_in(config.kv_cache_memory_bytes, resolved)
-    elif resolved.device.type == "cuda":
-        working_bytes = _measure_working_bytes(resolved, model, streams)
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info(resolved.device)
-        budget = int(config.gpu_memory_utilization * total) - (total - free) - working_bytes
-        num_blocks = blocks_in(budget, resolved)
-    else:
-        num_blocks = blocks_in(cpu_kv_bytes(resolved), resolved)
-    check_one_sequence_fits(num_blocks, resolved)
-    return num_blocks
+        return config.num_gpu_blocks_override
+    if config.kv_cache_memory_bytes is not None:
+        return blocks_in(config.kv_cache_memory_bytes, resolved)
+    return None if resolved.device.type == "cuda" else blocks_in(cpu_kv_bytes(resolved), resolved)
+
+
+def _num_blocks_that_fit(resolved: Resolved, model: DecoderModel, streams: Streams) -> int:
+    """KV blocks in the GPU's memory, under gpu_memory_utilization of the whole, others' use of it
+    included."""
+    working_bytes = _measure_working_bytes(resolved, model, streams)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(resolved.device)
+    budget = int(resolved.config.gpu_memory_utilization * total) - (total - free) - working_bytes
+    return blocks_in(budget, resolved)
 
 
 def _measure_working_bytes(resolved: Resolved, model: DecoderModel, streams: Streams) -> int:
-    """Bytes of a full prefill at its peak and of all graphs: a trial with a KV cache of the null
-    block alone, which captures the two largest buckets. The largest brings the pool all graphs
-    share, the second what each further one adds."""
+    """Bytes of buffers, of the largest steps at their peak and of all graphs: a trial with a KV
+    cache of the null block alone, which captures the two largest buckets. The largest brings the
+    pool all graphs share, the second what each further one adds."""
     ladder = BucketLadder(resolved.ladder.sizes[-2:])
-    runner = _make_runner(resolved, model, streams, StepClock(streams), 0, ladder)
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(resolved.device)
+    runner = _make_runner(resolved, model, streams, StepClock(streams), 0, ladder)
     torch.cuda.reset_peak_memory_stats(resolved.device)
-    runner.run_largest_prefill(make_table(resolved))
-    prefill_bytes = torch.cuda.max_memory_allocated(resolved.device) - before
+    runner.run_largest_steps(make_table(resolved))
+    step_bytes = torch.cuda.max_memory_allocated(resolved.device) - before
     report = runner.capture_report
     runner.close()
     if report is None:
-        return prefill_bytes
+        return step_bytes
     num_others = len(resolved.ladder.sizes) - 1
     graph_bytes = report.bytes[ladder.max_rows] + num_others * report.bytes[ladder.sizes[0]]
-    return prefill_bytes + math.ceil(_GRAPH_MARGIN * graph_bytes)
+    return step_bytes + math.ceil(_GRAPH_MARGIN * graph_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
@@ -58,6 +59,8 @@ class LLM:
         laps.end("tokenizer")
         self._clock, self._runner, self.num_blocks = build_runner(resolved, laps)
         self.startup_s = laps.seconds
+        # What capturing the graphs cost; None in eager mode.
+        self.capture_report: CaptureReport | None = self._runner.capture_report
         eos_token_ids = resolved.model_config.eos_token_ids
         if not eos_token_ids and self.tokenizer and self.tokenizer.eos_token_id is not None:
             eos_token_ids = (self.tokenizer.eos_token_id,)
@@ -90,11 +93,6 @@ class LLM:
     def dtype_bytes(self) -> int:
         """Of one weight, and of one element of the KV cache."""
         return self._resolved.dtype.itemsize
-
-    @property
-    def capture_report(self) -> CaptureReport | None:
-        """What capturing the graphs cost; None in eager mode."""
-        return self._runner.capture_report
 
     def generate(
         self,
@@ -132,6 +130,8 @@ class LLM:
             raise RuntimeError("this LLM is closed; make a new one")
         if self._is_streaming:
             raise RuntimeError("this LLM is streaming already; finish or close that stream first")
+        if isinstance(requests, (str, Mapping)):
+            requests = [requests]  # one prompt, not its letters or keys
         self._is_streaming = True
         feeder: Feeder | None = None
         try:
@@ -189,6 +189,8 @@ class LLM:
         self._runner.close()
         del self._runner
         if self._resolved.device.type == "cuda":
+            # One cuBLAS workspace a stream, which torch would keep for a stream nobody uses again.
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
 
     def __enter__(self) -> LLM:
@@ -254,9 +256,13 @@ class LLM:
     ) -> list[RequestOutput]:
         """Tops up the waiting queue with what was read ahead; gives the outputs of refused
         requests. Waits for more when there is nothing else to do, or when `is_patient`."""
-        outputs = []
+        outputs: list[RequestOutput] = []
+        most = self.config.max_num_seqs
         timeout_s = None if is_idle or is_patient else 0.0
-        while self._scheduler.num_waiting < self.config.max_num_seqs:
+        gather_until_s = math.inf
+        while self._scheduler.num_waiting < most and len(outputs) < most:
+            if not is_patient and gather_until_s < math.inf:
+                timeout_s = max(0.0, gather_until_s - time.perf_counter())
             item = feeder.get(timeout_s)
             if item is None:
                 break
@@ -268,8 +274,8 @@ class LLM:
                     break  # the caller hears of it before more is waited for
                 continue
             self._scheduler.add(item)
-            if is_idle and not is_patient:
-                timeout_s = _GATHER_S
+            if is_idle and gather_until_s == math.inf:
+                gather_until_s = time.perf_counter() + _GATHER_S
         return outputs
 
     def _take_spans(self) -> None:
@@ -365,4 +371,6 @@ def _make_tokenizer(resolved: Resolved) -> Tokenizer | None:
     if resolved.config.skip_tokenizer_init:
         return None
     name = resolved.config.tokenizer
-    return Tokenizer(resolved.model_path if name is None else resolve_model(name))
+    return Tokenizer(
+        resolved.model_path if name is None else resolve_model(name, with_weights=False)
+    )

@@ -10,16 +10,17 @@ from graphengine.errors import ModelError
 _DEMO = Path(__file__).parent / "demo" / "model"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 # What a model directory is read for. Never code, never pickled weights.
-_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_WEIGHTS = "*.safetensors"
+_WANTED = ("*.json", "*.model", "*.txt", "*.jinja")
 # Subdirectories and the makers' own format hold the same weights again.
 _UNWANTED = ("*/*", "consolidated*")
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, *, with_weights: bool = True) -> Path:
     """The directory of `model`: "demo", an existing directory, or a hub id like "Qwen/Qwen3-0.6B".
 
-    A hub id is downloaded, or taken from the cache when there is no network.
-    Raises ModelError if there is no such thing."""
+    A hub id is downloaded, without its weights unless `with_weights`, or taken from the cache when
+    there is no network. Raises ModelError if there is no such thing."""
     if model == "demo":
         return _DEMO
     path = Path(model).expanduser()
@@ -31,15 +32,17 @@ def resolve_model(model: str) -> Path:
         raise ModelError(
             f"no directory {model!r}; give a model directory, a hub id like 'org/name', or 'demo'"
         )
-    return _download(model)
+    return _download(model, with_weights=with_weights)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, *, with_weights: bool) -> Path:
     import huggingface_hub  # here and not above: most runs do not need it
 
     try:
         path = huggingface_hub.snapshot_download(
-            hub_id, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
+            hub_id,
+            allow_patterns=[*_WANTED, _WEIGHTS] if with_weights else list(_WANTED),
+            ignore_patterns=list(_UNWANTED),
         )
     except Exception as error:  # network, HTTP, disk, cache: the caller can only read the reason
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -112,7 +112,9 @@ class Intake:
         if kind == "messages":
             if not (isinstance(value, SequenceOf) and all(isinstance(m, Mapping) for m in value)):
                 raise RequestError(f"messages is {_brief(value)}; give a list of objects")
-            return None, self._tokenizer.encode_chat(value)
+            token_ids = self._tokenizer.encode_chat(value)
+            self._check_ids("the tokenizer's output", token_ids)
+            return None, token_ids
         if not isinstance(value, str):
             raise RequestError(f"prompt is {_brief(value)}; give a string")
         if not value:

@@ -18,6 +18,7 @@ _CONFIG_CLASSES = {
     "Qwen2ForCausalLM": "Qwen2Config",
     "Qwen3ForCausalLM": "Qwen3Config",
 }
+_MAX_LAYERS = 4096
 _ROPE_TYPES = ("default", "linear", "llama3")
 _ACTIVATIONS = ("silu", "swish")  # two names of one function
 _INT_LIMIT = 2**31  # ids and sizes fit tables of 32 bits
@@ -110,6 +111,13 @@ def load_model_config(path: Path) -> ModelConfig:
                 f"{file} has a {key}, which is not supported; "
                 "give a plain checkpoint in bfloat16, float16 or float32"
             )
+
+    num_layers = raw.get("num_hidden_layers")
+    if isinstance(num_layers, int) and num_layers > _MAX_LAYERS:
+        # Before transformers makes a list of so many.
+        raise ModelError(
+            f"{file} has num_hidden_layers {num_layers}; at most {_MAX_LAYERS} are supported"
+        )
 
     import transformers  # here and not above: it imports torch, which takes seconds
 

@@ -27,7 +27,7 @@ from graphengine.kernels import Kernels
 from graphengine.kv_cache import KVCache
 from graphengine.model import DecoderModel
 from graphengine.sampler import sample
-from graphengine.scheduler import DecodeBatch, PrefillBatch
+from graphengine.scheduler import DecodeBatch, PrefillBatch, Rows
 from graphengine.sequence_table import SequenceTable
 from graphengine.step_inputs import (
     OUTPUT_FIELDS,
@@ -92,9 +92,9 @@ class ModelRunner:
             out_bytes=max_sequences * torch.int64.itemsize,
             clock=clock,
         )
-        pipeline = StepPipeline(
-            decode_fields(table), OUTPUT_FIELDS, ladder, streams, name="decode", clock=clock
-        )
+        fields = decode_fields(table)
+        self._decode_pads = {field.name: field.pad for field in fields}
+        pipeline = StepPipeline(fields, OUTPUT_FIELDS, ladder, streams, name="decode", clock=clock)
         # What was built so far was launched on another stream.
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -202,16 +202,27 @@ class ModelRunner:
         )
         return Launched(batch, wait)
 
-    def run_largest_prefill(self, table: SequenceTable) -> None:
-        """Runs a prefill of the largest size there is, writing to the null block only: what memory
-        it takes is what any prefill takes at most. Blocks until done."""
+    def run_largest_steps(self, table: SequenceTable) -> None:
+        """Runs the largest steps there are, on the null block only: what memory they take is what
+        any step takes at most. A prefill of many short prompts, one of the last chunk of a longest
+        prompt, and a decode step of every row. Blocks until done."""
         num_tokens, num_sequences = self._max_prefill
         ends = np.full(num_sequences, num_tokens // num_sequences)
         ends[: num_tokens % num_sequences] += 1
-        null = np.full(num_sequences, table.null_idx)
-        samples = np.zeros(num_sequences, np.bool_)
-        batch = PrefillBatch(null, null, np.zeros_like(ends), ends, samples)
-        self._launch_prefill(batch, table).wait()
+        self._run_null_prefill(table, np.zeros_like(ends), ends)
+        max_len = table.token_ids.shape[1]
+        start = max(0, max_len - num_tokens)
+        self._run_null_prefill(table, np.array([start]), np.array([max_len]))
+        step = self._runner.open(self._runner.ladder.max_rows)
+        for name, pad in self._decode_pads.items():
+            step.inputs[name][:] = pad
+        self._runner.launch(step)
+        self._runner.wait(step)
+
+    def _run_null_prefill(self, table: SequenceTable, starts: Rows, ends: Rows) -> None:
+        null = np.full(len(ends), table.null_idx)
+        samples = np.zeros(len(ends), np.bool_)
+        self._launch_prefill(PrefillBatch(null, null, starts, ends, samples), table).wait()
 
 
 def _views(

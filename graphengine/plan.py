@@ -13,10 +13,11 @@ from graphengine.config import EngineConfig
 from graphengine.errors import CapacityError
 from graphengine.resolve import Resolved, as_on_cuda, resolve
 
-# Memory of a CUDA context with the libraries' workspaces, and of one captured bucket for each
-# layer: rounded up from an H200 (perf/LOG.md).
+# What a CUDA context and the libraries' workspaces are taken to need.
 _CONTEXT_BYTES = 700 * 2**20
-_GRAPH_BYTES_PER_LAYER = 64 * 2**10
+# Of one captured bucket and layer: 19 buckets of 32 layers took 270 MiB on an H200, the pool's 74
+# MiB among them (perf/LOG.md), rounded up.
+_GRAPH_BYTES_PER_LAYER = 352 * 2**10
 _SEQUENCE_LENGTHS = (256, 1024, 4096, 16384, 65536)
 
 
@@ -51,7 +52,7 @@ def plan(config: EngineConfig, *, gpu_memory_bytes: int | None = None) -> Plan:
 
     gpu_memory_bytes: plan for a card of that size instead of the one in this machine. Raises what
     making the engine would raise, CapacityError included."""
-    resolved = resolve(config)
+    resolved = resolve(config, needs_weights=False)
     attention = resolved.attention.name
     if gpu_memory_bytes is None and resolved.device.type == "cuda":
         gpu_memory_bytes = torch.cuda.get_device_properties(resolved.device).total_memory

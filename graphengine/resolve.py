@@ -41,9 +41,12 @@ class Resolved:
         return self.block_size * self.model_config.kv_bytes_per_token(self.dtype.itemsize)
 
 
-def resolve(config: EngineConfig) -> Resolved:
-    """Raises ModelError, BackendError or ConfigError. Reads the model's json files only."""
-    model_path = resolve_model(config.model)
+def resolve(config: EngineConfig, *, needs_weights: bool = True) -> Resolved:
+    """Raises ModelError, BackendError or ConfigError. Reads the model's json files only; of a hub
+    id it fetches the weights too, where `needs_weights`."""
+    model_path = resolve_model(
+        config.model, with_weights=needs_weights and config.load_format != "dummy"
+    )
     model_config = load_model_config(model_path)
     device = _device(config.device)
     attention = make_attention(config.attention, device)

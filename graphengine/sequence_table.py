@@ -67,7 +67,7 @@ class SequenceTable:
         self.num_prompt[idx] = self.num_tokens[idx] = self.num_launched[idx] = len(prompt)
         self.num_computed[idx] = 0
         self.max_total[idx] = sequence.max_total
-        self.min_total[idx] = len(prompt) + params.min_tokens
+        self.min_total[idx] = min(sequence.max_total, len(prompt) + params.min_tokens)
         self.temperature[idx] = params.temperature
         self.top_k[idx] = params.top_k
         self.top_p[idx] = params.top_p

@@ -94,7 +94,7 @@ def sampling_tensors(inputs: Mapping[str, torch.Tensor]) -> SamplingTensors:
 
 class PrefillLayout:
     """Packs a prefill's per-token and per-sequence inputs into one buffer. The per-sequence part
-    has S + 1 rows, since cu_seqlens need them; its last row is otherwise a padded one."""
+    has S + 1 rows, since cu_seqlens need them; nobody reads the last row of the others."""
 
     def __init__(self, table: SequenceTable) -> None:
         self._tokens = Arena(
@@ -123,7 +123,8 @@ class PrefillLayout:
 def fill_prefill(
     tokens: HostArrays, sequences: HostArrays, batch: PrefillBatch, table: SequenceTable
 ) -> None:
-    """Writes all T rows of `tokens` and all S + 1 of `sequences` for the S sequences of `batch`.
+    """Writes all T rows of `tokens` and S of `sequences`, S + 1 of its cu_seqlens, for the S
+    sequences of `batch`.
 
     A row that samples nothing yet carries the null seq_idx, so its token is fed back to nobody.
     """

@@ -9,6 +9,9 @@ from typing import Any
 from graphengine.errors import ModelError, RequestError
 
 _REPLACEMENT = "\ufffd"  # what an unfinished multi-byte character decodes to
+# An output that is no text may never settle. Past so many tokens it is taken as it is, so that the
+# window stays short; a character begun in the last of them is then lost.
+_MOST_PENDING = 64
 
 
 class Tokenizer:
@@ -29,6 +32,11 @@ class Tokenizer:
                 f"no usable tokenizer in {str(path)!r} ({reason}); add its files, give tokenizer="
                 " another directory, or set skip_tokenizer_init and send prompt_token_ids"
             ) from error
+
+        # What transformers would call after a tenth of its time, unless it is to tidy the text.
+        backend: Any = getattr(self.hf, "backend_tokenizer", None)
+        is_plain = backend is not None and not self.hf.clean_up_tokenization_spaces
+        self._decode: Any = backend.decode if is_plain else self.hf.decode
 
     @property
     def eos_token_id(self) -> int | None:
@@ -71,7 +79,7 @@ class Tokenizer:
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        text: str = self.hf.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        text: str = self._decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
 
 
@@ -81,7 +89,8 @@ class StopStrings:
     Only a window of tokens is decoded each time. Text is taken up only once it is whole: an
     unfinished multi-byte character decodes to U+FFFD and waits for the token that ends it. The
     window starts one settled piece before the new tokens, since a token can decode differently at
-    the start of a text (Llama 2 drops a leading space there).
+    the start of a text (Llama 2 drops a leading space there). What a push costs does not grow with
+    the output.
     """
 
     def __init__(
@@ -94,28 +103,45 @@ class StopStrings:
     ) -> None:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        self._longest = max(map(len, self._stop))
         self._min_tokens = min_tokens
         self._skip_special_tokens = skip_special_tokens
-        self._token_ids: list[int] = []
-        self._window = 0  # first token that is decoded
-        self._settled = 0  # tokens whose text is in _text
-        self._text = ""
-        self._searched = 0  # characters in which no match may end: searched, or of min_tokens
+        self._num_tokens = 0
+        self._window: list[int] = []  # the last settled piece's tokens, then those not settled
+        self._num_settled = 0  # of the window
+        self._pieces: list[str] = []  # settled text
+        self._tail = ""  # the end of it, as much as a stop string can begin in
+        self._searched = 0  # characters past the tail in which no match may end
 
     def push(self, token_id: int) -> tuple[str, str] | None:
         """Takes one more token. Once a stop string is complete: that string, and the text before
         it."""
-        self._token_ids.append(token_id)
-        before = self._decode(self._token_ids[self._window : self._settled])
-        fresh = self._decode(self._token_ids[self._window :])[len(before) :]
+        self._num_tokens += 1
+        self._window.append(token_id)
+        before = self._decode(self._window[: self._num_settled])
+        fresh = self._decode(self._window)[len(before) :]
+        num_pending = len(self._window) - self._num_settled
+        is_whole = not fresh.endswith(_REPLACEMENT) or num_pending > _MOST_PENDING
         # A token can hold a stop string and the start of a character: only the latter waits.
-        text = self._text + fresh.rstrip(_REPLACEMENT)
-        if fresh and not fresh.endswith(_REPLACEMENT):
-            self._text = text
-            self._window, self._settled = self._settled, len(self._token_ids)
-        searched, self._searched = self._searched, len(text)
-        if len(self._token_ids) <= self._min_tokens:
-            return None
+        whole = fresh if is_whole else fresh.rstrip(_REPLACEMENT)
+        text = self._tail + whole
+        match = None
+        if self._num_tokens > self._min_tokens:
+            match = self._find(text, len(self._tail) + self._searched)
+        self._searched = len(whole)
+        if match is not None:
+            stop, at = match
+            return stop, ("".join(self._pieces) + whole)[: at - len(text)]
+        if fresh and is_whole:
+            self._pieces.append(fresh)
+            self._tail = text[-self._longest :]
+            self._window = self._window[self._num_settled :]
+            self._num_settled = len(self._window)
+            self._searched = 0
+        return None
+
+    def _find(self, text: str, searched: int) -> tuple[str, int] | None:
+        """The stop string that begins first among those that end past `searched`, and where."""
         found = [
             (at, stop)
             for stop in self._stop
@@ -124,7 +150,7 @@ class StopStrings:
         if not found:
             return None
         at, stop = min(found)
-        return stop, text[:at]
+        return stop, at
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special_tokens)

@@ -1,4 +1,4 @@
-"""What if every copy ran as late as its events allow? Streams that show a missing one on the CPU."""
+"""What if every copy ran as late as its events allow? Streams that show a missing event."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does the engine do what LLM promises? Order, bounds, errors, reuse, seeds; and the demo's sums."""
+"""Does LLM do what it promises? Order, bounds, errors, reuse, seeds; and the demo's sums."""
 
 from __future__ import annotations
 
@@ -96,6 +96,13 @@ def test_one_prompt_needs_no_list(llm: LLM) -> None:
     assert (by_text[0].prompt, by_ids[0].prompt) == ("ab", None)
 
 
+def test_stream_takes_one_prompt_for_one(llm: LLM) -> None:
+    """A string is no list of letters."""
+    for one in ("abcd", {"prompt": "abcd"}):
+        (output,) = llm.stream(one, GREEDY)
+        assert output.prompt == "abcd"
+
+
 def test_no_prompts_give_no_outputs(llm: LLM) -> None:
     assert llm.generate([]) == []
     assert list(llm.stream(iter(()))) == []
@@ -112,9 +119,7 @@ def test_one_sampling_params_each_or_one_for_all(llm: LLM) -> None:
 
 
 def test_short_requests_overtake_long_ones_in_a_stream(llm: LLM) -> None:
-    long, short = (
-        request([3, 4], temperature=0.0, max_tokens=n, ignore_eos=True) for n in (20, 2)
-    )
+    long, short = (request([3, 4], temperature=0.0, max_tokens=n, ignore_eos=True) for n in (20, 2))
     assert [output.index for output in llm.stream([long, short])] == [1, 0]
 
 
@@ -168,7 +173,8 @@ def test_output_comes_before_more_input_is_there(world: World, llm: LLM) -> None
         answers.append(output.outputs[0].token_ids[0])
         asked.append(answers[-1])
         ready.set()
-    assert answers == world.oracle.answer([3], request([], temperature=0.0, max_tokens=4, ignore_eos=True).sampling_params).token_ids
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    assert answers == world.oracle.answer([3], params).token_ids
 
 
 # --- reuse after whatever happened
@@ -195,9 +201,12 @@ def test_closing_a_stream_early_drops_the_rest(world: World, llm: LLM) -> None:
 
 
 def test_exception_in_the_callers_loop_drops_the_rest(world: World, llm: LLM) -> None:
-    with pytest.raises(ZeroDivisionError):
+    def loop() -> None:
         for output in llm.stream(some_requests(30)):
             assert output.index // 0
+
+    with pytest.raises(ZeroDivisionError):
+        loop()
     assert_usable(world, llm)
 
 
@@ -288,7 +297,9 @@ def test_closing_frees_the_device_at_once(world: World) -> None:
     """Not at the next garbage collection: another engine may need the memory now."""
     llm = world.llm()
     llm.generate("ab", GREEDY)
-    alive = [weakref.ref(llm._runner._model), weakref.ref(llm._runner._kv), weakref.ref(llm._runner)]
+    runner = llm._runner
+    alive = [weakref.ref(part) for part in (runner, runner._model, runner._kv)]
+    del runner
     gc.collect()
     gc.disable()
     try:
@@ -441,6 +452,15 @@ def test_a_stop_costs_one_row_at_most(
     assert 0 <= wasted <= (num_stops if async_scheduling else 0)
 
 
+def test_slots_never_written_are_never_seen(world: World) -> None:
+    """Memory fresh from the system may hold anything. Only the null block must be finite."""
+    requests = some_requests(20)
+    with world.llm(max_num_seqs=5, num_gpu_blocks_override=12, max_num_batched_tokens=6) as llm:
+        for cache in (*llm._runner._kv.k, *llm._runner._kv.v):
+            cache[1:] = float("nan")
+        assert world.wrong(requests, list(llm.stream(requests))) == []
+
+
 # --- seeds
 
 
@@ -483,7 +503,7 @@ def test_engine_seed_decides_for_requests_that_bring_none(world: World) -> None:
 
 
 def test_unknown_option_is_named(world: World) -> None:
-    with pytest.raises(ConfigError, match="unknown option 'max_seqs'; choose from .*max_num_seqs"):
+    with pytest.raises(ConfigError, match=r"unknown option 'max_seqs'; choose from .*max_num_seqs"):
         world.llm(max_seqs=1)
 
 
@@ -590,11 +610,14 @@ def test_stats_add_up(world: World, llm: LLM) -> None:
     assert stats.num_decode_steps * 4 >= stats.output_tokens - 11
     assert stats.decode_ms > 0
     assert stats.prefill_ms > 0
-    assert 0 < stats.elapsed_s
+    assert stats.elapsed_s > 0
     assert stats.elapsed_s == llm.stats().elapsed_s, "the clock stops with the stream"
     assert stats.gpu_busy is None
-    assert all(running <= 4 and waiting <= 4 and 0 <= usage <= 1 for running, waiting, usage in seen)
-    assert max(usage for _, _, usage in seen) > 0
+    running, waiting, usage = zip(*seen, strict=True)
+    assert max(running) <= 4
+    assert max(waiting) <= 4
+    assert 0 <= min(usage) <= max(usage) <= 1
+    assert max(usage) > 0
     list(llm.stream(requests[:2]))
     assert llm.stats().num_finished == 2, "each stream counts for itself"
 
@@ -649,7 +672,13 @@ def hundred_sums() -> list[str]:
         {"max_num_seqs": 8, "async_scheduling": False},
         {"max_num_seqs": 8, "max_num_batched_tokens": 5},
         {"max_num_seqs": 16, "num_gpu_blocks_override": 33, "block_size": 2},
-        {"max_num_seqs": 16, "num_gpu_blocks_override": 64, "block_size": 1, "async_scheduling": False},
+        {"max_num_seqs": 16, "num_gpu_blocks_override": 64, "block_size": 1},
+        {
+            "max_num_seqs": 9,
+            "num_gpu_blocks_override": 17,
+            "block_size": 4,
+            "async_scheduling": False,
+        },
         {"max_num_seqs": 8, "block_size": 3, "max_num_batched_tokens": 7},
         {"max_num_seqs": 5, "dtype": "bfloat16"},
     ],

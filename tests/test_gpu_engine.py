@@ -182,9 +182,7 @@ def test_graph_gives_what_eager_gives_in_every_bucket(
         assert graph == eager, f"{count} rows"
 
 
-@pytest.mark.parametrize(
-    ("num_blocks", "async_scheduling"), [(60, True), (24, True), (24, False)]
-)
+@pytest.mark.parametrize(("num_blocks", "async_scheduling"), [(60, True), (24, True), (24, False)])
 def test_graph_gives_what_eager_gives_across_buckets(
     flash_checkpoint: Path, num_blocks: int, async_scheduling: bool
 ) -> None:

@@ -49,9 +49,7 @@ def fixed_requests(world: World) -> list[Request]:
 def run(world: World) -> list[str]:
     """What goes wrong, request by request. Buckets of 1, 2, 4 and 7 rows, and few blocks."""
     requests = fixed_requests(world)
-    with world.llm(
-        max_num_seqs=7, num_gpu_blocks_override=13, max_num_batched_tokens=12
-    ) as llm:
+    with world.llm(max_num_seqs=7, num_gpu_blocks_override=13, max_num_batched_tokens=12) as llm:
         outputs = list(llm.stream(requests))
         assert llm.stats().num_preemptions > 0
         return world.wrong(requests, outputs)
@@ -87,7 +85,7 @@ MUTATIONS = {
         "live = np.ones(len(batch.rows), np.bool_)",
     ),
     "padded rows feed back to line 0": Mutation(
-        RUNNER, decode_fields, 'pad=table.null_idx', "pad=0"
+        RUNNER, decode_fields, "pad=table.null_idx", "pad=0"
     ),
     "padded rows write to block 1": Mutation(
         RUNNER,
@@ -130,7 +128,10 @@ MUTATIONS = {
         "num_before + 1 < table.min_total[rows]",
     ),
     "the noise is that of the next position": Mutation(
-        RUNNER, fill_prefill, '["last_positions"][:n] = batch.ends - 1', '["last_positions"][:n] = batch.ends'
+        RUNNER,
+        fill_prefill,
+        'sequences["last_positions"][:n] = batch.ends - 1',
+        'sequences["last_positions"][:n] = batch.ends',
     ),
 }
 

@@ -143,7 +143,7 @@ SHAPES = st.builds(
 
 @given(SHAPES, st.lists(arrivals(), min_size=1, max_size=10))
 @settings(
-    max_examples=80,
+    max_examples=120,
     derandomize=True,
     database=None,
     deadline=None,

@@ -199,7 +199,7 @@ SEQUENCES = st.lists(
     budget=st.sampled_from([1, 2, 3, 5, 8, 13, 100]),
     lags=st.lists(st.integers(0, 3), min_size=1, max_size=6),
 )
-@settings(max_examples=250, derandomize=True, database=None, deadline=None)
+@settings(max_examples=400, derandomize=True, database=None, deadline=None)
 def test_every_sequence_ends_as_alone_whatever_the_schedule(
     sequences: list[tuple[int, int, tuple[int, ...], int, int]],
     max_num_seqs: int,
@@ -512,23 +512,41 @@ def test_finishing_twice_is_refused() -> None:
 # --- when a prefill is worth a step
 
 
-@pytest.mark.parametrize(("num_running", "num_waiting"), [(8, 1), (8, 2), (8, 8), (5, 3), (1, 1)])
+@pytest.mark.parametrize(
+    ("num_running", "num_waiting", "num_lines"),
+    [(8, 1, 9), (8, 2, 10), (8, 8, 16), (5, 3, 8), (1, 1, 2), (8, 20, 9), (6, 20, 8)],
+)
 def test_prefill_waits_until_idle_rows_add_up_to_the_rows_it_stalls(
-    num_running: int, num_waiting: int
+    num_running: int, num_waiting: int, num_lines: int
 ) -> None:
     """Ski rental: never more than twice the cost of the best choice."""
-    rig = Rig(max_num_seqs=num_running + num_waiting, num_blocks=400, max_model_len=64)
-    rig.add(*(make_sequence(i, prompt_of(i, 2), max_tokens=50) for i in range(num_running)))
+    rig = Rig(max_num_seqs=num_lines, num_blocks=400, max_model_len=64)
+    rig.add(*(make_sequence(i, prompt_of(i, 2), max_tokens=60) for i in range(num_running)))
     rig.schedule()
-    assert isinstance(rig.schedule(), DecodeBatch)
+    rig.commit()
     rig.add(*(make_sequence(99 + i, prompt_of(i, 2), max_tokens=5) for i in range(num_waiting)))
-    num_decodes = 0
-    while isinstance(batch := rig.schedule(), DecodeBatch):
-        num_decodes += 1
+    num_fillable = min(num_waiting, num_lines - num_running)
+    assert turns_to_prefill(rig) == -(-num_running // num_fillable)
+    assert len(rig.batches[-1].rows) == num_fillable, "all that fit share the step"
+
+
+def test_each_prefill_waits_anew() -> None:
+    rig = Rig(max_num_seqs=9, num_blocks=400, max_model_len=64)
+    rig.add(*(make_sequence(i, prompt_of(i, 2), max_tokens=60) for i in range(5)))
+    rig.schedule()
+    rig.commit()
+    for num_running in (5, 6, 7, 8):
+        rig.add(make_sequence(num_running, prompt_of(num_running, 2), max_tokens=50))
+        assert turns_to_prefill(rig) == num_running
+
+
+def turns_to_prefill(rig: Rig) -> int:
+    for turn in range(1, 50):
+        batch = rig.schedule()
         rig.commit()
-    assert isinstance(batch, PrefillBatch)
-    assert len(batch.rows) == num_waiting, "all that wait share the step"
-    assert num_decodes + 1 == -(-num_running // num_waiting)
+        if isinstance(batch, PrefillBatch):
+            return turn
+    pytest.fail("no prefill")
 
 
 def test_prefill_is_due_at_once_when_nothing_runs() -> None:

@@ -6,6 +6,7 @@ character, and one in the manner of Llama 2, where the first space of a text is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -120,7 +121,7 @@ def test_directory_without_a_usable_tokenizer_is_refused_in_one_line(
         (tmp_path / "tokenizer_config.json").write_text(
             '{"tokenizer_class": "PreTrainedTokenizerFast"}'
         )
-    with pytest.raises(ModelError, match="no usable tokenizer in .*skip_tokenizer_init") as caught:
+    with pytest.raises(ModelError, match=r"no usable tokenizer in .*skip_tokenizer_init") as caught:
         Tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -137,10 +138,8 @@ def test_code_that_a_checkpoint_brings_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "evil.py").write_text(
         f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n"
     )
-    try:
+    with contextlib.suppress(ModelError):
         Tokenizer(tmp_path)
-    except ModelError as error:
-        assert "\n" not in str(error)
     assert not (tmp_path / "ran").exists()
 
 
@@ -255,7 +254,7 @@ def ids_of(*pieces: bytes) -> list[int]:
         pytest.param([b"c", b"abcd"], "bc", (2, "bc", "ca"), id="inside a token"),
         pytest.param([b"\xc3", b"\xa9"], "é", (2, "é", ""), id="across the bytes of a character"),
         pytest.param(
-            [b"\xf0", b"\x9d\x84", b"\x9e", b"a"], "𝄞a", (4, "𝄞a", ""), id="four bytes, three tokens"
+            [b"\xf0", b"\x9d\x84", b"\x9e", b"a"], "𝄞a", (4, "𝄞a", ""), id="four bytes in three"
         ),
         pytest.param([b"b\xc3"], "b", (1, "b", ""), id="beside an unfinished character"),
         pytest.param([b"a", b" \xe2"], " ", (2, " ", "a"), id="space and the start of a dash"),
@@ -402,7 +401,8 @@ def test_request_of_its_own_id_and_params_keeps_them(tokenizer: Tokenizer) -> No
     mine, default = take_in(make_intake(tokenizer), own, "cd", max_tokens=5)
     assert isinstance(mine, Sequence)
     assert isinstance(default, Sequence)
-    assert (mine.request_id, mine.seed, mine.max_total) == ("mine", 77, 3 + len(tokenizer.encode("ab")))
+    assert (mine.request_id, mine.seed) == ("mine", 77)
+    assert mine.max_total == len(tokenizer.encode("ab")) + 3
     assert (default.request_id, default.params.max_tokens) == ("1", 5)
     assert (mine.prompt, default.prompt) == ("ab", "cd")
 
