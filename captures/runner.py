@@ -75,7 +75,7 @@ class StepPipeline:
         ladder: BucketLadder,
         streams: Streams,
         *,
-        name: str,
+        name: str = "step",
         num_banks: int = 2,
         clock: StepClock | None = None,
     ) -> None:

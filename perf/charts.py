@@ -14,7 +14,18 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from captures import BucketLadder
-from perf.drawing import HOST_WORK, MARKERS, PHASES, Canvas, Chart, light, number, percent
+from perf.drawing import (
+    HOST_WORK,
+    MARKERS,
+    PHASES,
+    Canvas,
+    Chart,
+    bandwidth,
+    duration,
+    light,
+    number,
+    percent,
+)
 from perf.recorded import Measured, Result
 
 _GIB = 2.0**30
@@ -41,7 +52,7 @@ def context_chart(result: Result, workload: str, *, name: str) -> Chart | None:
     note = "Solid: measured. Dashed: the bandwidth floor, the time that only reading weights and "
     note += "KV cache takes"
     if result.read_bandwidth_bytes_per_s:
-        note += f" at {number(1e-12 * result.read_bandwidth_bytes_per_s)} TB/s"
+        note += f" at {bandwidth(result.read_bandwidth_bytes_per_s)}"
     return Chart(
         name,
         f"{workload}: device time of a decode step against context, and its bandwidth floor",
@@ -246,7 +257,6 @@ def _stack(
     canvas: Canvas, ax: Axes, bars: dict[str, dict[str, float]], title: str, longest: float
 ) -> None:
     """One horizontal bar each, of parts in the order of PHASES, its sum at the end."""
-    unit = "ms"
     for y, parts in enumerate(bars.values()):
         left = 0.0
         for phase in _in_order(parts):
@@ -256,9 +266,9 @@ def _stack(
                 left=left,
                 height=0.66,
                 color=light(phase),
-            )[0].set_gid(canvas.tip(f"{phase} {number(parts[phase])} {unit}"))
+            )[0].set_gid(canvas.tip(f"{phase} {duration(parts[phase])}"))
             left += parts[phase]
-        ax.text(left + 0.015 * longest, y, f"{number(left)} {unit}", va="center", weight="bold")
+        ax.text(left + 0.015 * longest, y, f"{duration(left)}", va="center", weight="bold")
     ax.set_yticks(range(len(bars)), [name[:24] for name in bars])
     ax.set_ylim(len(bars) - 0.45, -0.55)
     ax.set_xlim(0.0, 1.3 * longest)

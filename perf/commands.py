@@ -143,7 +143,30 @@ def compare_command(
             raise typer.Exit(TOO_SLOW)
 
 
-# `report` goes here: the work in perf/report.py, imported inside the command.
+@perf_app.command("report")
+def report_command(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE.json...", help="Results of `perf run`.")
+    ],
+    output: Annotated[
+        str, typer.Option("--output", metavar="FILE.html", help="Where the page is written.")
+    ] = "report.html",
+    png_dir: Annotated[
+        Path | None,
+        typer.Option("--png-dir", metavar="DIR", help="Write each chart there as a PNG too."),
+    ] = None,
+) -> None:
+    """Draw results: one self-contained page of charts and tables. Needs matplotlib.
+
+    Several results follow one another, their figures side by side. The last line of standard output
+    is one JSON object: the files written.
+    """
+    with errors_as_exit_codes():
+        check_output_path(output, None)
+        from perf.report import build_report
+
+        page, *pngs = build_report(files, Path(output), png_dir)
+        _print_json({"output": str(page), "pngs": [str(path) for path in pngs]})
 
 
 def _share(text: str) -> float:

@@ -182,6 +182,16 @@ def number(value: float) -> str:
     return f"{value:.2g}"
 
 
+def duration(ms: float) -> str:
+    return f"{number(ms)} ms" if ms >= 0.1 else f"{number(1e3 * ms)} µs"
+
+
+def bandwidth(bytes_per_s: float) -> str:
+    if bytes_per_s >= 1e12:
+        return f"{1e-12 * bytes_per_s:.2f} TB/s"
+    return f"{1e-9 * bytes_per_s:.1f} GB/s"
+
+
 def percent(share: float) -> str:
     return f"{100.0 * share:.1f} %"
 

@@ -95,14 +95,14 @@ Generate = Callable[[list[list[int]], list[int]], list[int]]
 def _transformers(job: Json) -> tuple[Generate, str]:
     import torch
     import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-    from transformers.generation import ContinuousBatchingConfig
+
+    hf: Any = transformers  # most of it has no types
 
     has_cuda = torch.cuda.is_available()
     torch.manual_seed(0)
     torch.set_default_device("cuda" if has_cuda else "cpu")
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(job["model"]),
+    model = hf.AutoModelForCausalLM.from_config(
+        hf.AutoConfig.from_pretrained(job["model"]),
         dtype=torch.bfloat16 if has_cuda else torch.float32,
         attn_implementation="flash_attention_2" if has_cuda else "paged|sdpa",
     ).eval()
@@ -127,9 +127,10 @@ def _transformers(job: Json) -> tuple[Generate, str]:
         options["use_cuda_graph"] = (True, True)
     else:
         options["max_blocks_per_request"] = 0  # block tables are for flash attention
+    generation = hf.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
     manager = model.init_continuous_batching(
-        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
-        continuous_batching_config=ContinuousBatchingConfig(**options),
+        generation_config=generation,
+        continuous_batching_config=hf.generation.ContinuousBatchingConfig(**options),
     )
     manager.warmup()
 

@@ -34,6 +34,8 @@ def build_report(paths: list[Path], output: Path, png_dir: Path | None = None) -
     matplotlib is missing."""
     if not paths:
         raise ConfigError("no result files given; give at least one that perf run wrote")
+    if output.resolve() in [path.resolve() for path in paths]:
+        raise ConfigError(f"the page {clean(output)!r} is also a result; give another --output")
     results = _named_apart([read_result(path) for path in paths])
     if find_spec("matplotlib") is None:
         raise ConfigError(
@@ -256,16 +258,16 @@ def _ladder(result: Result, workload: str) -> str:
 
 def _gaps(result: Result, workload: str) -> str:
     """The longest gaps of each mode, and what the host did in them."""
-    from perf.drawing import number
+    from perf.drawing import duration, number
 
     rows = []
     for mode, measured in result.workloads[workload].items():
         for i, gap in enumerate(measured.longest_gaps[:3]):
             host = sorted(gap.host_ms.items(), key=lambda item: -item[1])[:4]
-            did = ", ".join(f"{phase} {number(ms)}" for phase, ms in host)
+            did = ", ".join(f"{phase} {duration(ms)}" for phase, ms in host)
             rows.append(
-                f"<tr><th>{escape(mode) if i == 0 else ''}</th><td>{number(gap.ms)} ms</td>"
-                f'<td>{number(gap.at_s)} s</td><td class="text">{escape(did)} ms</td></tr>'
+                f"<tr><th>{escape(mode) if i == 0 else ''}</th><td>{duration(gap.ms)}</td>"
+                f'<td>{number(gap.at_s)} s</td><td class="text">{escape(did)}</td></tr>'
             )
     if not rows:
         return ""
@@ -363,10 +365,12 @@ def _cells(figure: Recorded | None, ours: Recorded | None) -> str:
 
 
 def _environments(results: list[Result]) -> str:
+    from perf.drawing import bandwidth
+
     lines = [dict(_flat({**result.environment, "config": result.config})) for result in results]
     for line, result in zip(lines, results, strict=True):
         if result.read_bandwidth_bytes_per_s is not None:
-            line["read bandwidth"] = f"{result.read_bandwidth_bytes_per_s * 1e-12:.3f} TB/s"
+            line["read bandwidth"] = bandwidth(result.read_bandwidth_bytes_per_s)
     names = dict.fromkeys(name for line in lines for name in line)
     rows = "".join(
         f"<tr><th>{escape(name)}</th>"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from perf.drawing import PHASES, Canvas, Chart, amount, light, number, percent
+from perf.drawing import PHASES, Canvas, Chart, amount, duration, light, number, percent
 from perf.recorded import Measured, Result, Span
 
 _HOST_Y, _DEVICE_Y = 1.0, 0.0
@@ -21,11 +21,11 @@ _LEAST_GAP_MS = 0.002
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """What is shown of a mode, `start_ms` at the left edge."""
+    """What is shown of a mode: whole spans, 0 ms at the left edge, which the first may cross."""
 
-    start_ms: float
     host: list[Span]
     device: list[Span]
+    gaps: list[Span]
 
 
 def timeline_chart(result: Result, workload: str, *, name: str) -> Chart | None:
@@ -104,14 +104,18 @@ def _cut(measured: Measured, width_ms: float) -> _Cut:
     end_ms = start_ms + width_ms
 
     def inside(spans: list[Span]) -> list[Span]:
-        cut = []
-        for span in spans:
-            low, high = max(span.start_ms, start_ms), min(span.end_ms, end_ms)
-            if high > low:
-                cut.append(Span(span.row, span.name, low - start_ms, high - low))
-        return cut
+        return [
+            Span(span.row, span.name, span.start_ms - start_ms, span.ms)
+            for span in spans
+            if span.end_ms > start_ms and span.start_ms < end_ms
+        ]
 
-    return _Cut(start_ms, inside(host), inside(device))
+    gaps = [
+        Span("device", "idle", before.end_ms, after.start_ms - before.end_ms)
+        for before, after in itertools.pairwise(device)
+        if after.start_ms - before.end_ms >= _LEAST_GAP_MS
+    ]
+    return _Cut(inside(host), inside(device), inside(gaps))
 
 
 def _draw(canvas: Canvas, modes: dict[str, Measured], has_gpu: bool) -> Figure:
@@ -133,7 +137,7 @@ def _draw(canvas: Canvas, modes: dict[str, Measured], has_gpu: bool) -> Figure:
     for ax, (mode, cut) in zip(axes, cuts.items(), strict=True):
         _draw_mode(canvas, ax, cut, width_ms, scale, unit)
         ax.set_yticks([_HOST_Y, _DEVICE_Y], ["host", "GPU" if has_gpu else "device"])
-        _draw_label(canvas, ax, mode, modes[mode], _gaps(cut.device, width_ms), width_ms)
+        _draw_label(canvas, ax, mode, modes[mode], cut.gaps, width_ms)
     axes[-1].set_xlabel(f"time, {unit}")
     axes[-1].xaxis.set_major_locator(MaxNLocator(5 if canvas.is_narrow else 10))
     axes[-1].tick_params(axis="x", length=3)
@@ -167,7 +171,7 @@ def _draw_mode(
             if y == _DEVICE_Y:
                 texts = [told, f"{number(span.ms * scale)} {unit}", span.name]
                 _label_span(canvas, ax, span, width_ms, scale, texts)
-    for gap in _gaps(cut.device, width_ms):
+    for gap in cut.gaps:
         told = f"idle {number(gap.ms * scale)} {unit}"
         is_wide = gap.ms >= 0.004 * width_ms  # else hatches would be wider than the gap
         ax.add_patch(
@@ -178,11 +182,13 @@ def _draw_mode(
                 facecolor="none" if is_wide else light("idle"),
                 edgecolor=light("idle"),
                 hatch="//////" if is_wide else None,
-                linewidth=0.6 if is_wide else 0.15,
+                linewidth=0.6 if is_wide else 0.4,
+                snap=False,
                 gid=canvas.tip(told),
             )
         )
-        if gap.ms >= 0.09 * width_ms * (2.2 if canvas.is_narrow else 1.0):
+        is_whole = gap.start_ms >= 0.0 and gap.end_ms <= width_ms
+        if is_whole and gap.ms >= 0.09 * width_ms * (2.2 if canvas.is_narrow else 1.0):
             ax.text(
                 (gap.start_ms + gap.ms / 2) * scale,
                 _DEVICE_Y,
@@ -204,7 +210,9 @@ def _label_span(
     scale: float,
     texts: list[str],
 ) -> None:
-    """The first of `texts` that fits into the bar."""
+    """The first of `texts` that fits into the bar, none if it is cut off."""
+    if span.start_ms < 0.0 or span.end_ms > width_ms:
+        return  # cut off: a time over it would not be that of what is seen
     room = span.ms / width_ms * canvas.width * (0.85 if canvas.is_narrow else 0.76)  # inches
     for text in texts:
         if 0.075 * len(text) + 0.1 <= room:
@@ -221,24 +229,16 @@ def _label_span(
             return
 
 
-def _gaps(device: list[Span], width_ms: float) -> list[Span]:
-    gaps, end_ms = [], 0.0
-    for span in [*device, Span("device", "", width_ms, 0.0)]:
-        if span.start_ms - end_ms >= _LEAST_GAP_MS:
-            gaps.append(Span("device", "idle", end_ms, span.start_ms - end_ms))
-        end_ms = max(end_ms, span.end_ms)
-    return gaps
-
-
 def _draw_label(
     canvas: Canvas, ax: Axes, mode: str, measured: Measured, shown: list[Span], width_ms: float
 ) -> None:
     busy = busy_text(mode, measured)
     gaps = [gap.ms for gap in shown]
-    share = percent(1.0 - sum(gaps) / width_ms)
+    idle_ms = sum(min(gap.end_ms, width_ms) - max(gap.start_ms, 0.0) for gap in shown)
+    share = percent(1.0 - idle_ms / width_ms)
     lines = [f"GPU busy {busy}" if busy else f"busy {share} here"]
     if gaps and not canvas.is_narrow:
-        lines.append(f"gaps of {number(statistics.median(gaps))} ms")
+        lines.append(f"gaps of {duration(statistics.median(gaps))}")
     for name, unit in (("ms_per_step", "ms/step"), ("out_tok_per_s", "tok/s")):
         if name in measured.figures:
             lines.append(amount(measured.figures[name].median, unit))

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+import cli
 from graphengine.errors import ConfigError, InputError
 from perf.recorded import read_result
 from perf.report import build_report
@@ -481,6 +483,42 @@ def test_broken_file_is_one_clear_error(
     assert "run.json" in str(caught.value)
     assert "perf run" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_page_never_replaces_a_result(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.json", SHORT)
+    with pytest.raises(ConfigError, match="also a result"):
+        build_report([path], tmp_path / "." / "run.json")
+    assert json.loads(path.read_text("utf-8")) == SHORT
+
+
+def test_span_that_is_cut_off_tells_its_whole_time(page: str) -> None:
+    """Not that of the part which is seen."""
+    steps = [float(ms) for ms in re.findall(r"<title>decode ([\d.]+) ms</title>", page)]
+    assert steps
+    assert all(5.3 < ms < 5.5 or 9.7 < ms < 9.9 for ms in steps)
+    gaps = [float(ms) for ms in re.findall(r"<title>idle ([\d.]+) ms</title>", page)]
+    assert gaps
+    assert all(ms < 0.02 or 0.55 < ms < 0.64 for ms in gaps)
+
+
+def test_command_writes_page_and_pngs(tmp_path: Path) -> None:
+    path = write(tmp_path / "run.json", SHORT)
+    page, pngs = tmp_path / "page.html", tmp_path / "png"
+    done = CliRunner().invoke(
+        cli.app, ["perf", "report", str(path), "--output", str(page), "--png-dir", str(pngs)]
+    )
+    assert done.exit_code == 0, done.stderr
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last == {"output": str(page), "pngs": [str(pngs / "padding.png")]}
+    assert page.read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_command_tells_what_is_wrong_in_one_line(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["perf", "report", str(tmp_path / "none.json")])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_place_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
