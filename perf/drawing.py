@@ -176,10 +176,12 @@ def number(value: float) -> str:
         return f"{value:,.0f}"
     if size == 0.0:
         return "0"
-    for digits, limit in ((1, 10.0), (2, 1.0), (3, 0.1), (4, 0.01)):
+    if size < 1e-4:
+        return f"{value:.2g}"
+    for digits, limit in ((1, 10.0), (2, 1.0), (3, 0.1)):
         if size >= limit:
             return f"{value:.{digits}f}"
-    return f"{value:.2g}"
+    return f"{value:.4f}"
 
 
 def duration(ms: float) -> str:

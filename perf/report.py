@@ -289,13 +289,19 @@ def _figure_tables(results: list[Result]) -> str:
         return ""
     tables = []
     for workload in workloads:
-        rows = _figure_rows(results, workload)
+        having = [
+            result
+            for result in results
+            if workload in result.workloads
+            or any(workload in loads for loads in result.peers.values())
+        ]
+        rows = _figure_rows(having, workload)
         if not rows:
             continue
         heads = "".join(
-            f'<th>{escape(result.name) if len(results) > 1 else "median"}</th><th class="range">'
-            "range</th><th>n</th>"
-            for result in results
+            f"<th>{escape(result.name) if len(results) > 1 else 'median'}</th>"
+            '<th class="range">range</th><th>n</th>'
+            for result in having
         )
         is_open = " open" if len(rows) <= 40 else ""
         tables.append(

@@ -7,7 +7,7 @@ import gc
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from graphengine.hub import resolve_model
 from graphengine.model_config import load_model_config
 from perf.environment import environment, gpu_state, read_bandwidth
 from perf.figures import merge
+from perf.peers import PEERS, measure_peer
 from perf.shapes import write_shape
 from perf.startup import measure_startup
 from perf.step_probe import StepProbe, Values
@@ -41,6 +42,7 @@ def run(
     repeats: int,
     modes: list[str],
     say: Callable[[str], None],
+    peers: Sequence[str] = (),
 ) -> Json:
     """The result file's contents: see the README of the figures' meaning.
 
@@ -49,6 +51,7 @@ def run(
     alike. Raises ConfigError for a workload or mode that does not exist."""
     _check_names("workload", names, WORKLOADS)
     _check_names("mode", modes, MODES)
+    _check_names("peer", list(peers), dict.fromkeys(PEERS))
     result: Json = {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -84,6 +87,9 @@ def run(
                     result["workloads"][workload.name] = {
                         "async": measure_startup(model, shape, Path(folder), repeats=repeats)
                     }
+            for peer in peers:
+                found = _run_peer(peer, group, resolve_model(path), scale, repeats, say)
+                result.setdefault("peers", {}).setdefault(peer, {}).update(found)
     result["environment"]["gpu_after"] = gpu_state()
     return result
 
@@ -135,6 +141,24 @@ def _run_group(
         llm.close()
         del llm
         gc.collect()
+
+
+def _run_peer(
+    peer: str,
+    workloads: list[Workload],
+    path: Path,
+    scale: float,
+    repeats: int,
+    say: Callable[[str], None],
+) -> dict[str, Json]:
+    """A peer on those of the workloads that go through a whole engine, after ours has given its
+    memory back. Nothing for a peer if there is none."""
+    lengths = {w.name: w.lengths(scale) for w in workloads if w.kind == "run"}
+    if not lengths:
+        return {}
+    say(f"{peer}: {', '.join(lengths)}")
+    vocab_size = load_model_config(path).vocab_size
+    return measure_peer(peer, path, lengths, vocab_size, repeats=repeats)
 
 
 def make_llm(

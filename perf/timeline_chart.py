@@ -42,7 +42,8 @@ def timeline_chart(result: Result, workload: str, *, name: str) -> Chart | None:
     if result.has_gpu:
         title = f"{workload}: does the GPU wait for the host?"
     note = (
-        f"All rows share one time scale. Hatched: the {device} had nothing to do. "
+        f"All rows share one time scale. Hatched: the {device} had nothing to do. Blank on the "
+        "host: the code that takes the outputs. "
         + ("" if result.has_gpu else "On the CPU a launch is the computation itself. ")
         + (
             "Without graphs (eager) the gaps between a step's kernels cannot be told apart and "
