@@ -138,6 +138,9 @@ def chart_png(chart: Chart, path: Path) -> None:
     """With its title, on white."""
     with _style({}):
         figure = chart.draw(Canvas(is_narrow=False))
+        # Laid out before the title comes, which would else be laid over a legend above the axes.
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         title = "\n".join(textwrap.wrap(chart.title, 96))
         figure.text(
             0.008, 1.01, title, ha="left", va="bottom", fontsize=12, weight="bold", wrap=False

@@ -97,6 +97,11 @@ class Result:
         return self.device != "cpu"
 
 
+def best_mode(modes: dict[str, Measured]) -> str:
+    """The mode a user gets, or the first there is."""
+    return "async" if "async" in modes else next(iter(modes))
+
+
 def clean(text: object) -> str:
     """`text` on one line, without characters that steer a terminal or hide what is written."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text))[:200]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphengine.errors import ConfigError
-from perf.recorded import Recorded, Result, clean, read_result
+from perf.recorded import Recorded, Result, best_mode, clean, read_result
 from perf.report_style import STYLE
 
 if TYPE_CHECKING:
@@ -84,24 +84,25 @@ def _named_apart(results: list[Result]) -> list[Result]:
 
 def _charts(result: Result) -> list[Chart]:
     """In the order of the page. The first workload with most modes gives "timeline"."""
-    from perf import charts
+    from perf import grid_charts, run_charts
+    from perf.peers_chart import peers_chart
     from perf.timeline_chart import timeline_chart
 
     found: list[Chart | None] = []
     for i, workload in enumerate(_by_modes(result)):
         name = "timeline" if i == 0 else f"timeline-{workload}"
         found.append(timeline_chart(result, workload, name=name))
-    found.append(charts.peers_chart(result, name="peers"))
+    found.append(peers_chart(result, name="peers"))
     for workload in result.workloads:
-        found.append(charts.context_chart(result, workload, name=f"context-{workload}"))
-        found.append(charts.throughput_chart(result, workload, name=f"throughput-{workload}"))
+        found.append(grid_charts.context_chart(result, workload, name=f"context-{workload}"))
+        found.append(grid_charts.throughput_chart(result, workload, name=f"throughput-{workload}"))
     for workload in _by_modes(result):
-        found.append(charts.host_chart(result, workload, name=f"host-{workload}"))
+        found.append(run_charts.host_chart(result, workload, name=f"host-{workload}"))
     if result.workloads:
-        found.append(charts.padding_chart(_max_rows(result), name="padding"))
-    found.append(charts.memory_chart(result, name="memory"))
+        found.append(grid_charts.padding_chart(_max_rows(result), name="padding"))
+    found.append(run_charts.memory_chart(result, name="memory"))
     for workload in result.workloads:
-        found.append(charts.startup_chart(result, workload, name=f"startup-{workload}"))
+        found.append(run_charts.startup_chart(result, workload, name=f"startup-{workload}"))
     return [chart for chart in found if chart is not None]
 
 
@@ -125,9 +126,6 @@ def _max_rows(result: Result) -> int:
         for rows, _ in measured.grid("device_ms")
     ]
     return min(4096, max(rows, default=_MAX_ROWS))
-
-
-# --- the page
 
 
 def _page(results: list[Result], charts: list[list[Chart]]) -> str:
@@ -348,15 +346,13 @@ def _figure_rows(results: list[Result], workload: str) -> list[str]:
 
 def _ratio(result: Result, workload: str, figure: str) -> Recorded | None:
     """Our figure to compare a peer's with."""
-    from perf.charts import best_mode
-
     modes = result.workloads.get(workload)
     return modes[best_mode(modes)].figures.get(figure) if modes else None
 
 
 def _cells(figure: Recorded | None, ours: Recorded | None) -> str:
-    from perf.charts import ratio_of
     from perf.drawing import amount
+    from perf.peers_chart import ratio_of
 
     if figure is None:
         return '<td>–</td><td class="range"></td><td></td>'

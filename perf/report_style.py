@@ -46,6 +46,9 @@ p{max-width:52rem}
  .narrow{display:block}
  th,td{padding:.24rem .5rem}
  tbody th small{display:none}
+ .figures{font-size:.76rem}
+ .figures th,.figures td{padding-left:.25rem;padding-right:.25rem}
+ .figures th:first-child{padding-left:0}
 }
 @media print{main{max-width:none}.scroll{overflow:visible}}
 """
