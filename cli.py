@@ -99,6 +99,13 @@ KVCacheMemoryBytes = Annotated[
 NoGraphs = Annotated[
     bool, typer.Option("--no-graphs", help="Call the same step instead of replaying it.")
 ]
+Trace = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write what ran when, host and device, for Perfetto or Chrome's tracing page.",
+    ),
+]
 NoOverlap = Annotated[
     bool, typer.Option("--no-overlap", help="Wait for a step before the next is scheduled.")
 ]
@@ -166,6 +173,7 @@ def generate(
     kv_cache_memory_bytes: KVCacheMemoryBytes = None,
     no_graphs: NoGraphs = False,
     no_overlap: NoOverlap = False,
+    trace: Trace = None,
 ) -> None:
     """Generate text for prompts, given as arguments or in a file.
 
@@ -191,6 +199,7 @@ def generate(
             seed=seed,
             enforce_eager=no_graphs,
             async_scheduling=not no_overlap,
+            trace=trace,
         )
         sampling_params = SamplingParams(
             max_tokens=max_tokens,

@@ -55,6 +55,13 @@ def run_command(
             metavar="async|sync|eager", help="How the engine runs; may be repeated. Default: async."
         ),
     ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="transformers|transformers-sync|vllm",
+            help="Another engine on the same requests; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Run fixed, seeded workloads in repeats that take turns.
 
@@ -80,6 +87,7 @@ def run_command(
             repeats=repeats,
             modes=list(dict.fromkeys(mode or ["async"])),
             say=say,
+            peers=list(dict.fromkeys(peer or ())),
         )
         Path(output).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
         _console().print(_run_table(result))

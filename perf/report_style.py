@@ -46,7 +46,8 @@ p{max-width:52rem}
  .narrow{display:block}
  th,td{padding:.24rem .5rem}
  tbody th small{display:none}
- .figures{font-size:.76rem}
+ .figures{font-size:.72rem}
+ .figures code{font-size:.94em}
  .figures th,.figures td{padding-left:.25rem;padding-right:.25rem}
  .figures th:first-child{padding-left:0}
 }

@@ -164,7 +164,13 @@ def _draw_memory(canvas: Canvas, loads: dict[str, dict[str, list[tuple[float, fl
         Line2D([], [], color=light(mode), ls=styles[j % 3], lw=1.6, label=mode[:24])
         for j, mode in enumerate(shown)
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=8.5)
+    figure.legend(
+        handles=handles,
+        loc="outside upper left",
+        bbox_to_anchor=(0.0, 1.0),
+        ncols=4,
+        fontsize=8.5,
+    )
     return figure
 
 
