@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +29,7 @@ from graphengine.output_file import (
     TextWriter,
     Writer,
     check_output_path,
+    write_errors,
     write_in_order,
 )
 from graphengine.progress import Progress, summary
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from graphengine.plan import Plan
 
 FAILED_REQUESTS = 1
+MAX_GPU_MEMORY_GIB = 2**20
+_STDOUT_NAME = "standard output"
 
 app = typer.Typer(
     name="graphengine",
@@ -53,6 +57,9 @@ app.add_typer(perf_app, name="perf")
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that its encoding lacks becomes a "?"; it is no reason to end a run.
+        sys.stdout.reconfigure(errors="replace")
     app()
 
 
@@ -283,10 +290,23 @@ def plan(
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
         )
+        memory_bytes = None if gpu_memory_gib is None else _memory_bytes(gpu_memory_gib)
         from graphengine.plan import plan as plan_for
 
-        memory_bytes = None if gpu_memory_gib is None else int(gpu_memory_gib * 2**30)
-        _print_plan(model, plan_for(config, gpu_memory_bytes=memory_bytes))
+        found = plan_for(config, gpu_memory_bytes=memory_bytes)
+        with write_errors(_STDOUT_NAME):
+            _print_plan(model, found)
+            sys.stdout.flush()
+
+
+def _memory_bytes(gpu_memory_gib: float) -> int:
+    num_bytes = gpu_memory_gib * 2**30
+    if not 1 <= num_bytes <= MAX_GPU_MEMORY_GIB * 2**30:
+        raise ConfigError(
+            f"--gpu-memory-gib is {gpu_memory_gib:g}; give a number above 0, "
+            f"at most {MAX_GPU_MEMORY_GIB:,}"
+        )
+    return int(num_bytes)
 
 
 def _print_plan(model: str, plan: Plan) -> None:
@@ -332,12 +352,14 @@ def _progress_console(output: str | None) -> Console:
 
 def _writer(output: str | None, console: Console, stack: contextlib.ExitStack) -> Writer:
     if output == STDOUT:
-        return JsonlWriter(sys.stdout.buffer, "standard output")
+        return JsonlWriter(sys.stdout.buffer, _STDOUT_NAME)
     if output is not None:
-        return JsonlWriter(stack.enter_context(open(output, "wb", buffering=0)), output)
+        with write_errors(output):
+            file = stack.enter_context(open(output, "wb", buffering=0))  # noqa: SIM115 (the stack)
+        return JsonlWriter(file, output)
     if sys.stdout.isatty():
         return TerminalWriter(console)
-    return TextWriter(sys.stdout)
+    return TextWriter(sys.stdout, _STDOUT_NAME)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ LOAD_FORMATS = ("auto", "dummy")
 
 # Stop ids (EOS included) a request may have: the width of a per-sequence table.
 MAX_STOP_IDS = 32
+# Every eighth batch size has a graph: more rows would take minutes to capture.
+MAX_NUM_SEQS = 4096
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class EngineConfig:
     attention: "auto" is "flash" on CUDA (an error without flash-attn) and "reference" on the CPU.
     load_format: "dummy" gives seeded random weights and reads config.json only.
     max_model_len: tokens of prompt and output together; None takes the model's limit.
-    max_num_seqs: sequences running at once, the largest decode bucket.
+    max_num_seqs: sequences running at once, the largest decode bucket; at most MAX_NUM_SEQS.
     max_num_batched_tokens: token budget of one prefill step; longer prompts are chunked.
     block_size: tokens per KV block; None takes the attention backend's default.
     gpu_memory_utilization: share of the card's memory this engine may use in all.
@@ -60,6 +62,15 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError naming the option, its value and the accepted range."""
+        for name in ("model", "tokenizer"):
+            value = getattr(self, name)
+            is_given = value is not None or name == "model"
+            if is_given and (not isinstance(value, str) or not value):
+                raise ConfigError(f"{name} is {value!r}; give a directory or a hub id, as a string")
+        for name in ("skip_tokenizer_init", "enforce_eager", "async_scheduling"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ConfigError(f"{name} is {value!r}; give True or False")
         for name, choices in (
             ("dtype", DTYPES),
             ("device", DEVICES),
@@ -80,10 +91,14 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < smallest):
                 raise ConfigError(f"{name} is {value!r}; give a whole number >= {smallest}")
-        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+        if self.max_num_seqs > MAX_NUM_SEQS:
             raise ConfigError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization}; give a share in (0, 1]"
+                f"max_num_seqs is {self.max_num_seqs}; give a whole number <= {MAX_NUM_SEQS}"
             )
+        share: object = self.gpu_memory_utilization
+        is_number = isinstance(share, float) or _is_int(share)
+        if not is_number or not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization is {share!r}; give a share in (0, 1]")
         if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed!r}; give a whole number in [0, 2**63)")
 

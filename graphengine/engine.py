@@ -145,7 +145,6 @@ class LLM:
                 feeder.close()
             self._counters.ended_s = time.perf_counter()
             if not self._is_closed:
-                self._take_spans()
                 self._runner.reset()
 
     def stats(self) -> EngineStats:
@@ -249,6 +248,7 @@ class LLM:
                 assert not scheduler.has_work, "nothing runs and nothing can start"
                 assert self._blocks.num_free == self._blocks.num_blocks, "blocks leaked"
                 if feeder.exhausted:
+                    self._take_spans()
                     return
 
     def _take_requests(

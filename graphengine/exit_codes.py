@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
 import typer
 
 from graphengine.errors import GraphEngineError
+from graphengine.output_file import one_line
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell counts it
@@ -20,11 +22,23 @@ def errors_as_exit_codes() -> Iterator[None]:
     try:
         yield
     except GraphEngineError as error:
-        say("error: " + " ".join(str(error).splitlines()))
+        _drop_unwritten_output()
+        say("error: " + one_line(str(error)))
         raise typer.Exit(BAD_INPUT) from error
     except KeyboardInterrupt as error:
         say("interrupted")
         raise typer.Exit(INTERRUPTED) from error
+
+
+def _drop_unwritten_output() -> None:
+    """What standard output cannot take, Python would try to write again at exit, and end with
+    another error and exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def say(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -74,6 +75,25 @@ def is_failed(output: RequestOutput) -> bool:
     return output.outputs[0].finish_reason == FinishReason.ERROR
 
 
+def one_line(text: str) -> str:
+    """A text from outside, safe to print on a terminal: it can end no line and hide nothing."""
+    return _CONTROL.sub("\ufffd", " ".join(text.splitlines()))
+
+
+@contextlib.contextmanager
+def write_errors(name: str) -> Iterator[None]:
+    """Makes a failed write to the file `name` a ConfigError. A closed pipe stays one: the reader
+    has had enough."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise ConfigError(
+            f"{name}: {error.strerror}; make room or write the output elsewhere"
+        ) from error
+
+
 class JsonlWriter:
     """A line of JSON per output, UTF-8, handed to the system at once: a run cut short leaves whole
     lines. `file` is binary; `name` is for the error if it cannot be written (ConfigError)."""
@@ -87,30 +107,26 @@ class JsonlWriter:
     def write(self, output: RequestOutput) -> None:
         line = json.dumps(record(output), ensure_ascii=False) + "\n"
         unwritten = memoryview(line.encode("utf-8"))
-        try:
+        with write_errors(self._name):
             while unwritten:  # an unbuffered file may take less than all
                 unwritten = unwritten[self._file.write(unwritten) :]
             self._file.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise ConfigError(
-                f"{self._name}: {error.strerror}; make room or write the output elsewhere"
-            ) from error
 
 
 class TextWriter:
     """The text alone and a line end, for pipes; a failed request leaves an empty line there and
-    its error on standard error."""
+    its error on standard error. `name` is for the error if it cannot be written (ConfigError)."""
 
     names_prompt = False
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: TextIO, name: str) -> None:
         self._file = file
+        self._name = name
 
     def write(self, output: RequestOutput) -> None:
-        self._file.write(output.outputs[0].text + "\n")
-        self._file.flush()
+        with write_errors(self._name):
+            self._file.write(output.outputs[0].text + "\n")
+            self._file.flush()
 
 
 class TerminalWriter:
@@ -144,7 +160,8 @@ def write_in_order(outputs: Iterable[RequestOutput], writer: Writer) -> None:
             if is_failed(output):
                 num_failed += 1
                 if num_failed <= MAX_ERRORS_SHOWN:
-                    print(f"error: request {output.request_id}: {output.error}", file=sys.stderr)
+                    line = one_line(f"error: request {output.request_id}: {output.error}")
+                    print(line, file=sys.stderr)
             for ready in order.push(output):
                 writer.write(ready)
     finally:
@@ -159,11 +176,17 @@ def check_output_path(output: str, input_path: str | None) -> None:
     if output == STDOUT:
         return
     path = Path(output)
+    try:
+        path.stat()  # what it says of a name too long, the rest would raise
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ConfigError(f"--output {output}: {error.strerror}; give another name") from error
     if path.is_dir():
         raise ConfigError(f"--output {output} is a directory; give a file")
     if not path.parent.is_dir():
         raise ConfigError(f"--output {output}: no directory {path.parent}; make it first")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"--output {output}: not allowed to write there; give another name")
-    if input_path is not None and path.resolve() == Path(input_path).resolve():
+    if input_path is not None and os.path.realpath(path) == os.path.realpath(input_path):
         raise ConfigError(f"--output {output} is the input file; give another name")

@@ -20,17 +20,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from graphengine.errors import InputError
-from graphengine.request import Request, SamplingParams
+from graphengine.errors import InputError, RequestError
+from graphengine.request import PROMPT_KEYS, Request, SamplingParams, brief, check_text
 
 STDIN = "-"
 STDIN_FILENO = 0
-PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
 _JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _TEXT_SUFFIXES = (".txt",)
 _SAMPLING_KEYS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 _BOM = b"\xef\xbb\xbf"
-_SHOWN_CHARS = 60  # of a wrong value, in an error
 
 
 def read_requests(path: str | Path) -> Iterator[Request]:
@@ -161,7 +159,7 @@ def _parse_json(text: str, where: str) -> Request:
     except (ValueError, RecursionError) as error:  # a number or a nesting past Python's limits
         raise InputError(f"{where}: broken JSON: {error}; {_EXPECTED} on one line") from error
     if not isinstance(entry, dict):
-        raise InputError(f"{where}: {_shown(entry)} is not a JSON object; {_EXPECTED}")
+        raise InputError(f"{where}: {brief(entry)} is not a JSON object; {_EXPECTED}")
     given = [key for key in PROMPT_KEYS if key in entry]
     if len(given) != 1:
         found = f"both {given[0]} and {given[1]}" if given else "no prompt"
@@ -185,7 +183,7 @@ def _request_id(entry: Mapping[str, object], where: str) -> str | None:
         return None
     value = entry["id"]
     if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
-        raise InputError(f"{where}: id is {_shown(value)}; give a string or a whole number")
+        raise InputError(f"{where}: id is {brief(value)}; give a string or a whole number")
     text = str(value)
     _check_text("id", text, where)
     return text
@@ -193,7 +191,7 @@ def _request_id(entry: Mapping[str, object], where: str) -> str | None:
 
 def _check_prompt(value: object, where: str) -> None:
     if not isinstance(value, str):
-        raise InputError(f"{where}: prompt is {_shown(value)}; give a string")
+        raise InputError(f"{where}: prompt is {brief(value)}; give a string")
     if not value:
         raise InputError(f"{where}: prompt is empty; give it at least one character")
     _check_text("prompt", value, where)
@@ -202,19 +200,19 @@ def _check_prompt(value: object, where: str) -> None:
 def _check_messages(value: object, where: str) -> None:
     if not isinstance(value, list) or not value:
         raise InputError(
-            f"{where}: messages is {_shown(value)}; give a list of objects with role and content"
+            f"{where}: messages is {brief(value)}; give a list of objects with role and content"
         )
     for message in value:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise InputError(
-                f"{where}: messages holds {_shown(message)}; give objects with role and content"
+                f"{where}: messages holds {brief(message)}; give objects with role and content"
             )
         # A message that only calls tools has no content; templates know that.
         is_call = message.get("content") is None and "tool_calls" in message
         if not is_call and not isinstance(message.get("content"), str | list):
             raise InputError(
                 f"{where}: the content of a {message['role']!r} message is "
-                f"{_shown(message.get('content'))}; give a string"
+                f"{brief(message.get('content'))}; give a string"
             )
     _check_text("messages", json.dumps(value, ensure_ascii=False), where)
 
@@ -222,12 +220,12 @@ def _check_messages(value: object, where: str) -> None:
 def _check_token_ids(value: object, where: str) -> None:
     if not isinstance(value, list) or not value:
         raise InputError(
-            f"{where}: prompt_token_ids is {_shown(value)}; give a list of whole numbers"
+            f"{where}: prompt_token_ids is {brief(value)}; give a list of whole numbers"
         )
     for token_id in value:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
             raise InputError(
-                f"{where}: prompt_token_ids holds {_shown(token_id)}; give whole numbers from 0 up"
+                f"{where}: prompt_token_ids holds {brief(token_id)}; give whole numbers from 0 up"
             )
 
 
@@ -239,16 +237,7 @@ _CHECKS = {
 
 
 def _check_text(name: str, text: str, where: str) -> None:
-    """JSON can spell half a surrogate pair ("\\ud800"), which is no text: no tokenizer takes it."""
     try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{where}: {name} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}); "
-            "take it out"
-        ) from error
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."
+        check_text(name, text)
+    except RequestError as error:
+        raise InputError(f"{where}: {error}") from error

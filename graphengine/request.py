@@ -10,6 +10,12 @@ from enum import StrEnum
 
 from graphengine.errors import RequestError
 
+# A prompt that is not a string is a mapping with exactly one of these.
+PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
+# float32 holds it, and logits divided by it are noise: a larger one could change nothing.
+MAX_TEMPERATURE = 1e6
+_BRIEF_CHARS = 60
+
 
 class FinishReason(StrEnum):
     STOP = "stop"  # EOS, a stop token id or a stop string
@@ -21,7 +27,8 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How one request is sampled. Names, defaults and meanings are vLLM's, save where noted.
 
-    temperature: 0 is greedy. top_k: 0 or -1 keeps all. top_p in (0, 1], min_p in [0, 1].
+    temperature: 0 is greedy, at most MAX_TEMPERATURE. top_k: 0 or -1 keeps all. top_p in (0, 1],
+    min_p in [0, 1].
     The order is temperature, top-k, top-p on what top-k left, min-p against the likeliest token.
     seed: None derives one from the engine's seed and the request's place in the input, so a
     rerun of the same input gives the same tokens.
@@ -51,7 +58,7 @@ class SamplingParams:
         object.__setattr__(
             self, "stop_token_ids", _tuple_of("stop_token_ids", self.stop_token_ids, int)
         )
-        _check_float("temperature", self.temperature, low=0.0, high=math.inf)
+        _check_float("temperature", self.temperature, low=0.0, high=MAX_TEMPERATURE)
         _check_float("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
         _check_float("min_p", self.min_p, low=0.0, high=1.0)
         _check_int("top_k", self.top_k, low=-1, high=2**31 - 1)
@@ -98,6 +105,23 @@ def _check_int(name: str, value: object, *, low: int, high: int) -> None:
         raise RequestError(f"{name} is {value!r}; give a whole number in [{low}, {high}]")
 
 
+def brief(value: object) -> str:
+    """What an error shows of a wrong value: its repr, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _BRIEF_CHARS else f"{text[:_BRIEF_CHARS]}..."
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises RequestError for half a surrogate pair: JSON can spell one ("\\ud800"), but it is no
+    text, and no tokenizer takes it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"{name} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}); take it out"
+        ) from error
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prompt on its way in. `prompt` is a string, or a mapping with exactly one of `prompt`,
@@ -111,7 +135,7 @@ class Request:
 @dataclass(slots=True)
 class CompletionOutput:
     """The generated part. `token_ids` ends with the stop token where one ended it; `text` ends
-    before the stop string, and holds no stop token that is special."""
+    before the stop string or the stop token, whether that token is special or not."""
 
     index: int
     text: str

@@ -164,7 +164,6 @@ def draw_legend(canvas: Canvas, figure: Figure, handles: list[Patch]) -> None:
     figure.legend(
         handles=handles,
         loc="outside upper left",
-        bbox_to_anchor=(0.0, 1.0),  # without it a PNG, whose frame is cut to size, moves it
         ncols=4 if canvas.is_narrow else 10,
         handlelength=1.1,
         handleheight=1.0,

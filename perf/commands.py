@@ -16,7 +16,7 @@ from rich.text import Text
 
 from graphengine.errors import ConfigError
 from graphengine.exit_codes import errors_as_exit_codes, say
-from graphengine.output_file import check_output_path
+from graphengine.output_file import STDOUT, check_output_path
 from perf.compare import Comparison, Key, compare, load_side
 from perf.workloads import WORKLOADS
 
@@ -73,6 +73,8 @@ def run_command(
             raise ConfigError(f"--scale is {scale}; give a number above 0")
         if repeats < 1:
             raise ConfigError(f"--repeats is {repeats}; give 1 or more")
+        if output == STDOUT:
+            raise ConfigError("--output is -, where the summary goes; give a file")
         # Hours may pass before it is written.
         check_output_path(output, None)
         # As `generate` does, before torch is imported.
@@ -136,8 +138,8 @@ def compare_command(
                         "unit": row.unit,
                         "base": row.base,
                         "new": row.new,
-                        "ratio": row.ratio,
-                        "median_ratio": row.median_ratio,
+                        "ratio": _or_null(row.ratio),
+                        "median_ratio": _or_null(row.median_ratio),
                         "verdict": row.verdict,
                     }
                     for row in comparison.rows
@@ -186,6 +188,11 @@ def _share(text: str) -> float:
     if not 0.0 <= value < 1.0:
         raise ConfigError(f"--max-regression is {text!r}; give a share below 1, as 5% or 0.05")
     return value
+
+
+def _or_null(ratio: float) -> float | None:
+    """JSON has no infinity, which is what a base of zero gives."""
+    return ratio if math.isfinite(ratio) else None
 
 
 def _run_table(result: dict[str, Any]) -> Table:

@@ -7,12 +7,12 @@ samples each of the unchanged demo model on two busy cores had medians 20 % apar
 0.6 % apart. So a figure is compared by its best sample.
 
 How well the floor is known shows in how close the next best samples are: the spread of a figure is
-what lies between its best and its fifth best sample, which is the whole range of five repeats or
-fewer. A figure is SLOWER if its best sample is worse than the limit and no sample of the new side
+what lies between its best and its seventh best sample, which is the whole range of seven repeats
+or fewer. A figure is SLOWER if its best sample is worse than the limit and no sample of the new side
 lies in or below the base's spread. Where noise is larger than the limit, the second condition alone
 bounds the false alarms: of n samples each, drawn alike, the base's k best are ahead of all the new
 ones with probability C(n, k) / C(2n, k), whatever the distribution: 5.0 % for 3 repeats, 0.4 % for
-5, 1.0 % for 7, never above 3.2 % from there on. Where noise is smaller, the limit is what counts.
+5, 0.03 % for 7, and 0.8 % at most from there on. Where noise is smaller, the limit is what counts.
 
 Drawn alike is the catch: the repeats of one run share a minute of the machine's, and no statistic
 on two files can see that the machine changed between them. Where it does, give two folders of runs
@@ -38,7 +38,7 @@ from graphengine.errors import InputError
 
 SCHEMA = 1  # perf/run.py's; not imported from there, for torch comes with it
 LEAST_SAMPLES = 3
-_SPREAD_SAMPLES = 5
+_SPREAD_SAMPLES = 7
 # Times and rates of work gate. Other units say why (shares of a bound, of busy time, TFLOP/s of the
 # prefills alone): they follow from a time that gates, with noise of their own.
 _GATING_UNITS = ("s", "ms", "tok/s")

@@ -141,6 +141,8 @@ def chart_png(chart: Chart, path: Path) -> None:
         # Laid out before the title comes, which would else be laid over a legend above the axes.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
+        for legend in figure.legends:  # else they follow the frame, which the title moves
+            legend.set_bbox_to_anchor((0.0, 1.0), figure.transFigure)
         title = "\n".join(textwrap.wrap(chart.title, 96))
         figure.text(
             0.008, 1.01, title, ha="left", va="bottom", fontsize=12, weight="bold", wrap=False

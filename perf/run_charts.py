@@ -167,7 +167,6 @@ def _draw_memory(canvas: Canvas, loads: dict[str, dict[str, list[tuple[float, fl
     figure.legend(
         handles=handles,
         loc="outside upper left",
-        bbox_to_anchor=(0.0, 1.0),
         ncols=4,
         fontsize=8.5,
     )

@@ -53,6 +53,10 @@ class LateStreams(CpuStreams):
 
         self._enqueue(stream, run)
 
+    @property
+    def is_idle(self) -> bool:
+        return all(self.done[stream] == len(queue) for stream, queue in self.queues.items())
+
     def synchronize(self) -> None:
         for stream, queue in self.queues.items():
             self._run(stream, len(queue))

@@ -6,14 +6,17 @@ A fake engine stands in, so that options, output and exit codes are tested apart
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TextIO
 
 import pytest
 from typer.testing import CliRunner, Result
 
+import cli
 import graphengine
 from cli import app
 from graphengine.config import EngineConfig
@@ -225,7 +228,8 @@ BAD_USAGE = {
     "both": (["x", "--input", "f"], "give prompts as arguments or --input FILE"),
     "unknown option": (["x", "--nonsense"], "No such option: --nonsense"),
     "not a number": (["x", "--max-tokens", "many"], "Invalid value for '--max-tokens'"),
-    "temperature": (["x", "--temperature=-1"], "temperature is -1.0; give a number in [0, inf]"),
+    "temperature": (["x", "--temperature=-1"], "temperature is -1.0; give a number in [0, 1e+06]"),
+    "hot": (["x", "--temperature=1e39"], "temperature is 1e+39; give a number in [0, 1e+06]"),
     "nan": (["x", "--temperature=nan"], "temperature is nan"),
     "top_p": (["x", "--top-p=0"], "top_p is 0.0"),
     "top_k": (["x", "--top-k=-2"], "top_k is -2"),
@@ -238,11 +242,14 @@ BAD_USAGE = {
     "device": (["x", "--device=tpu"], "choose one of auto, cpu, cuda"),
     "max_model_len": (["x", "--max-model-len=1"], "max_model_len is 1"),
     "max_num_seqs": (["x", "--max-num-seqs=0"], "max_num_seqs is 0"),
+    "too many sequences": (["x", "--max-num-seqs=200000"], "give a whole number <= 4096"),
+    "empty tokenizer": (["x", "--tokenizer="], "tokenizer is ''; give a directory or a hub id"),
     "memory share": (["x", "--gpu-memory-utilization=1.5"], "give a share in (0, 1]"),
     "seed": (["x", "--seed=-1"], "seed is -1"),
     "empty prompt": (["x", ""], "prompt 2 is empty"),
     "missing input": (["--input", "/none/in.txt"], "/none/in.txt: No such file or directory"),
     "directory as input": (["--input", "/"], "/: Is a directory"),
+    "long output name": (["x", "--output", "n" * 300], "File name too long; give another name"),
     "output nowhere": (["x", "--output", "/none/out"], "no directory /none"),
 }
 
@@ -306,6 +313,46 @@ def test_full_disk_is_one_line() -> None:
     result = run("one", "--output", "/dev/full")
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1].startswith("error: /dev/full: No space left on device")
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, stdout: TextIO, *arguments: str) -> int | str | None:
+    """The exit code of the whole program, with another standard output."""
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", ["graphengine", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return caught.value.code
+
+
+@pytest.mark.parametrize("options", [[], ["--output", "-"]], ids=["text", "jsonl"])
+def test_full_standard_output_is_one_line_and_nothing_is_left_for_the_exit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    with open("/dev/full", "w") as full:  # closing it would raise if text were left, as exit does
+        assert run_main(monkeypatch, full, "generate", "demo", "one", *options) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: standard output: No space left on device")
+
+
+def test_character_that_standard_output_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    stdout = io.TextIOWrapper(file, "ascii")
+    assert run_main(monkeypatch, stdout, "generate", "demo", "Grüße", "two") == 0
+    assert file.getvalue() == b"<Gr??e>\n<two>\n"
+
+
+def test_error_obeys_no_escape_sequence() -> None:
+    FakeLLM.error = ModelError("config.json names \x1b]0;pwned\x07\nfake line")
+    assert run("x").stderr == "error: config.json names \ufffd]0;pwned\ufffd fake line\n"
+
+
+@pytest.mark.parametrize("gib", ["nan", "inf", "-1", "0", "1e-12", "1e300"])
+def test_plan_for_no_possible_gpu_is_one_line(gib: str) -> None:
+    result = CliRunner().invoke(app, ["plan", "demo", f"--gpu-memory-gib={gib}"])
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    message = f"error: --gpu-memory-gib is {float(gib):g}; give a number above 0, at most 1,048,576"
+    assert result.stderr == message + "\n"
 
 
 def test_help_names_every_option_in_full() -> None:

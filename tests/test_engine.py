@@ -23,7 +23,7 @@ import graphengine.model_runner
 from graphengine import LLM, EngineConfig, FinishReason, Request, RequestOutput, SamplingParams
 from graphengine.demo.sums import answer, heldout_pairs, prompt
 from graphengine.errors import BackendError, CapacityError, ConfigError, ModelError, RequestError
-from graphengine.model_runner import ModelRunner
+from graphengine.model_runner import Launched, ModelRunner
 from graphengine.plan import plan
 from graphengine.scheduler import Scheduler
 
@@ -177,6 +177,52 @@ def test_output_comes_before_more_input_is_there(world: World, llm: LLM) -> None
     assert answers == world.oracle.answer([3], params).token_ids
 
 
+@pytest.mark.parametrize("async_scheduling", [True, False])
+def test_next_step_is_launched_before_the_last_is_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch, async_scheduling: bool
+) -> None:
+    """What keeps the device busy."""
+    log: list[str] = []
+    original = ModelRunner.launch
+
+    def launch(self: ModelRunner, batch: Any, table: Any) -> Launched:
+        log.append("launch")
+        launched = original(self, batch, table)
+
+        def wait() -> Any:
+            log.append("wait")
+            return launched.wait()
+
+        return replace(launched, wait=wait)
+
+    monkeypatch.setattr(ModelRunner, "launch", launch)
+    with world.llm(max_num_seqs=2, async_scheduling=async_scheduling) as llm:
+        list(llm.stream(some_requests(2, max_tokens=9)))
+    expected = ["launch", "wait"] * 9  # the prefill and eight decode steps
+    if async_scheduling:
+        expected = ["launch", *["launch", "wait"] * 8, "wait"]
+    assert log == expected
+
+
+def test_idle_engine_does_not_spin(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_turns = 0
+    original = Scheduler.schedule
+
+    def schedule(self: Scheduler) -> Any:
+        nonlocal num_turns
+        num_turns += 1
+        return original(self)
+
+    def prompts() -> Iterator[dict[str, list[int]]]:
+        time.sleep(0.3)
+        yield {"prompt_token_ids": [3]}
+        time.sleep(0.3)
+
+    monkeypatch.setattr(Scheduler, "schedule", schedule)
+    assert len(list(llm.stream(prompts(), replace(GREEDY, max_tokens=2)))) == 1
+    assert num_turns < 10
+
+
 # --- reuse after whatever happened
 
 
@@ -251,6 +297,9 @@ def test_interrupt_anywhere_leaves_the_engine_usable(
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt):
                 list(llm.stream(some_requests(20)))
+            assert not any(llm._clock._pending.values()), "a launch that was cut off has no end to read"
+            if isinstance(streams := llm._runner._streams, LateStreams):
+                assert streams.is_idle, "the next stream would write under its copies"
         assert_usable(world, llm)
 
 
@@ -459,6 +508,16 @@ def test_slots_never_written_are_never_seen(world: World) -> None:
         for cache in (*llm._runner._kv.k, *llm._runner._kv.v):
             cache[1:] = float("nan")
         assert world.wrong(requests, list(llm.stream(requests))) == []
+
+
+def test_padded_rows_stay_finite(world: World) -> None:
+    """They read and write the null block; one NaN there would stay for every later step."""
+    with world.llm(max_num_seqs=7) as llm:
+        list(llm.stream(some_requests(20)))
+        for cache in (*llm._runner._kv.k, *llm._runner._kv.v):
+            assert bool(cache[0].isfinite().all())
+            assert bool(cache[0, 0].any()), "no padded row has run"
+            assert not bool(cache[0, 1:].any()), "a padded row left its slot"
 
 
 # --- seeds

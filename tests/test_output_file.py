@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,17 +87,41 @@ def test_full_disk_is_one_error_that_names_the_file() -> None:
         pytest.raises(ConfigError, match=r"/dev/full: No space left"),
     ):
         JsonlWriter(full, "/dev/full").write(output(0))
+    text = open("/dev/full", "w")  # noqa: SIM115 (closing it fails too)
+    with pytest.raises(ConfigError, match=r"standard output: No space left"):
+        TextWriter(text, "standard output").write(output(0))
+    with pytest.raises(OSError, match="No space left"):
+        text.close()
+
+
+def test_closed_pipe_stays_a_closed_pipe() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "wb", buffering=0) as pipe, pytest.raises(BrokenPipeError):
+        JsonlWriter(pipe, "pipe").write(output(0))
 
 
 def test_failed_request_keeps_its_line_in_piped_text(capsys: pytest.CaptureFixture[str]) -> None:
     file = io.StringIO()
-    write_in_order([output(2, "c"), failed(1), output(0, "a")], TextWriter(file))
+    write_in_order([output(2, "c"), failed(1), output(0, "a")], TextWriter(file, "out"))
     assert file.getvalue() == "a\n\nc\n"
     assert capsys.readouterr().err == "error: request id-1: prompt is too long\n"
 
 
+def test_failure_is_named_in_one_line_that_obeys_no_escape_sequence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bad = failed(0)
+    bad.request_id = "\x1b]0;pwned\x07\nfake line"
+    bad.error = "the template says\r\n\x9b2Jerror: \u2028none"
+    write_in_order([bad], TextWriter(io.StringIO(), "out"))
+    assert capsys.readouterr().err == (
+        "error: request \ufffd]0;pwned\ufffd fake line: the template says \ufffd2Jerror:  none\n"
+    )
+
+
 def test_only_the_first_failures_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    write_in_order(map(failed, range(50)), TextWriter(io.StringIO()))
+    write_in_order(map(failed, range(50)), TextWriter(io.StringIO(), "out"))
     assert capsys.readouterr().err.count("\n") == 10
 
 
@@ -116,7 +141,7 @@ def test_what_finished_before_a_stop_is_written() -> None:
     # Lines of bare text could no longer be told apart.
     text = io.StringIO()
     with pytest.raises(KeyboardInterrupt):
-        write_in_order(stopped(), TextWriter(text))
+        write_in_order(stopped(), TextWriter(text, "out"))
     assert text.getvalue() == "text\n"
 
 
@@ -144,6 +169,14 @@ def test_output_path_is_checked_and_left_alone(tmp_path: Path) -> None:
         check_output_path(str(tmp_path), None)
     with pytest.raises(ConfigError, match="no directory"):
         check_output_path(str(tmp_path / "none" / "out"), None)
+    with pytest.raises(ConfigError, match=r"File name too long; give another name"):
+        check_output_path(str(tmp_path / ("n" * 300)), None)
+    with pytest.raises(ConfigError, match="File name too long"):
+        check_output_path(str(tmp_path / ("n" * 300) / "out"), None)
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(ConfigError, match="Too many levels of symbolic links"):
+        check_output_path(str(loop), str(taken))
     link = tmp_path / "link"
     link.symlink_to(taken)
     with pytest.raises(ConfigError, match="is the input file"):
