@@ -7,7 +7,6 @@ import dataclasses
 import io
 import os
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,7 +20,8 @@ from graphengine.config import (
     EngineConfig,
     engine_config,
 )
-from graphengine.errors import ConfigError, GraphEngineError
+from graphengine.errors import ConfigError
+from graphengine.exit_codes import BAD_INPUT, errors_as_exit_codes, say
 from graphengine.output_file import (
     STDOUT,
     JsonlWriter,
@@ -29,20 +29,18 @@ from graphengine.output_file import (
     TextWriter,
     Writer,
     check_output_path,
-    one_line,
     write_errors,
     write_in_order,
 )
 from graphengine.progress import Progress, summary
 from graphengine.prompt_file import check_prompts, open_prompts
 from graphengine.request import SamplingParams
+from perf.commands import perf_app
 
 if TYPE_CHECKING:
     from graphengine.plan import Plan
 
 FAILED_REQUESTS = 1
-BAD_INPUT = 2
-INTERRUPTED = 130  # 128 + SIGINT, as a shell counts it
 MAX_GPU_MEMORY_GIB = 2**20
 _STDOUT_NAME = "standard output"
 
@@ -55,6 +53,7 @@ app = typer.Typer(
     # Plain help: the rich one cuts option names short on 80 columns.
     rich_markup_mode=None,
 )
+app.add_typer(perf_app, name="perf")
 
 
 def main() -> None:
@@ -106,6 +105,13 @@ KVCacheMemoryBytes = Annotated[
 ]
 NoGraphs = Annotated[
     bool, typer.Option("--no-graphs", help="Call the same step instead of replaying it.")
+]
+Trace = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Write what ran when, host and device, for Perfetto or Chrome's tracing page.",
+    ),
 ]
 NoOverlap = Annotated[
     bool, typer.Option("--no-overlap", help="Wait for a step before the next is scheduled.")
@@ -174,13 +180,14 @@ def generate(
     kv_cache_memory_bytes: KVCacheMemoryBytes = None,
     no_graphs: NoGraphs = False,
     no_overlap: NoOverlap = False,
+    trace: Trace = None,
 ) -> None:
     """Generate text for prompts, given as arguments or in a file.
 
     Exit code: 0, or 1 if some requests failed (each output says why), 2 for bad input or if all
     failed, 130 after Ctrl-C (what was finished is in the output).
     """
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         if bool(prompts) == (input is not None):
             raise ConfigError("give prompts as arguments or --input FILE, one of the two")
         config = engine_config(
@@ -199,6 +206,7 @@ def generate(
             seed=seed,
             enforce_eager=no_graphs,
             async_scheduling=not no_overlap,
+            trace=trace,
         )
         sampling_params = SamplingParams(
             max_tokens=max_tokens,
@@ -245,7 +253,7 @@ def _generate(
                 write_in_order(outputs, writer)
         finally:
             stats = llm.stats()
-            _say(summary(stats))
+            say(summary(stats))
     if requests.error is not None:
         raise requests.error
     if stats.num_failed:
@@ -269,7 +277,7 @@ def plan(
     ] = None,
 ) -> None:
     """Show what fits: weights, graphs, KV cache, sequences. Loads and allocates nothing."""
-    with _errors_as_exit_codes():
+    with errors_as_exit_codes():
         config = engine_config(
             model,
             dtype=dtype,
@@ -323,31 +331,6 @@ def _print_plan(model: str, plan: Plan) -> None:
         print(f"{num_sequences:12,} of {num_tokens:,} tokens")
 
 
-@contextlib.contextmanager
-def _errors_as_exit_codes() -> Iterator[None]:
-    """What a user can cause ends in one line and an exit code; a bug keeps its traceback."""
-    try:
-        yield
-    except GraphEngineError as error:
-        _drop_unwritten_output()
-        _say("error: " + one_line(str(error)))
-        raise typer.Exit(BAD_INPUT) from error
-    except KeyboardInterrupt as error:
-        _say("interrupted")
-        raise typer.Exit(INTERRUPTED) from error
-
-
-def _drop_unwritten_output() -> None:
-    """What standard output cannot take, Python would try to write again at exit, and end with
-    another error and exit code."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-
-
 def _parse_ids(values: list[str]) -> tuple[int, ...]:
     try:
         return tuple(int(part) for value in values for part in value.split(","))
@@ -376,10 +359,6 @@ def _writer(output: str | None, console: Console, stack: contextlib.ExitStack) -
     if sys.stdout.isatty():
         return TerminalWriter(console)
     return TextWriter(sys.stdout, _STDOUT_NAME)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

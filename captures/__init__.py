@@ -2,7 +2,7 @@
 
 from captures.banks import Bank, Banks, BankState, BankStateError
 from captures.buckets import BatchTooLarge, BucketLadder
-from captures.clock import ClockReading, StepClock
+from captures.clock import ClockReading, DeviceSpan, StepClock
 from captures.eager import EagerRunner
 from captures.fields import Arena, Field, Layout
 from captures.graph import CaptureError, CaptureReport, GraphRunner
@@ -23,6 +23,7 @@ __all__ = [
     "ClockReading",
     "CpuStreams",
     "CudaStreams",
+    "DeviceSpan",
     "EagerRunner",
     "Field",
     "GraphRunner",

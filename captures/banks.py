@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 
 import torch
 
+from captures.clock import StepClock
 from captures.streams import COMPUTE, COPY_IN, COPY_OUT, Streams
 
 
@@ -51,9 +53,19 @@ class Banks:
     """`count` banks used in turn, so the host fills one while the device runs another."""
 
     def __init__(
-        self, streams: Streams, name: str, *, in_bytes: int, out_bytes: int, count: int = 2
+        self,
+        streams: Streams,
+        name: str,
+        *,
+        in_bytes: int,
+        out_bytes: int,
+        count: int = 2,
+        clock: StepClock | None = None,
     ) -> None:
+        """`clock` times every launch under `name`."""
         self._streams = streams
+        self._name = name
+        self._clock = clock
         self._banks = [
             Bank(streams, f"{name}{index}", in_bytes=in_bytes, out_bytes=out_bytes)
             for index in range(count)
@@ -79,24 +91,39 @@ class Banks:
         """
         bank.advance(BankState.FILLING, BankState.LAUNCHED)
         streams = self._streams
-        streams.copy(COPY_IN, bank.device_in[:in_bytes], bank.host_in[:in_bytes], f"{bank.name}.in")
+        with self._timed(COPY_IN):
+            streams.copy(
+                COPY_IN, bank.device_in[:in_bytes], bank.host_in[:in_bytes], f"{bank.name}.in"
+            )
         streams.record(bank.copied, COPY_IN)
         # Reader of device_in: the step. Writer: the copy. Between them: `copied`.
         streams.wait(COMPUTE, bank.copied)
-        with streams.on(COMPUTE):
+        with self._timed(COMPUTE), streams.on(COMPUTE):
             step(bank)
         streams.record(bank.computed, COMPUTE)
         # Reader of device_out: the copy-out. Writer: the step. Between them: `computed`.
         streams.wait(COPY_OUT, bank.computed)
-        streams.copy(
-            COPY_OUT, bank.host_out[:out_bytes], bank.device_out[:out_bytes], f"{bank.name}.out"
-        )
+        with self._timed(COPY_OUT):
+            streams.copy(
+                COPY_OUT, bank.host_out[:out_bytes], bank.device_out[:out_bytes], f"{bank.name}.out"
+            )
         streams.record(bank.ready, COPY_OUT)
 
     def wait(self, bank: Bank) -> None:
         """Blocks until host_out is written; the bank is READY."""
         bank.advance(BankState.LAUNCHED, BankState.READY)
         bank.ready.synchronize()
+
+    @contextlib.contextmanager
+    def _timed(self, stream: str) -> Iterator[None]:
+        """A clock entry on `stream` around what is launched inside."""
+        clock = self._clock
+        if clock is None or (stream != COMPUTE and not clock.times_copies):
+            yield
+            return
+        clock.begin(self._name, stream)
+        yield
+        clock.end(stream)
 
     def reset(self) -> None:
         """Every bank is FREE again, whatever it was. The caller has synchronized the streams."""

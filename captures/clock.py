@@ -1,11 +1,12 @@
-"""How long did the device work, and how long did it wait? Event pairs, collected without a stop."""
+"""When did the device work, and when did it wait? Event pairs, collected without a stop."""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
-from captures.streams import COMPUTE, Event, Streams
+from captures.streams import COMPUTE, STREAMS, Event, Streams
 
 
 @dataclass(slots=True)
@@ -13,6 +14,16 @@ class _Entry:
     label: str
     start: Event
     end: Event
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpan:
+    """One stretch of work of one stream, in seconds of the host's perf_counter."""
+
+    label: str
+    stream: str
+    start_s: float
+    end_s: float
 
 
 @dataclass(slots=True)
@@ -33,56 +44,81 @@ class ClockReading:
         total_ms = self.busy_ms + self.idle_ms
         return self.busy_ms / total_ms if total_ms > 0.0 else None
 
+    def add(self, label: str, busy_ms: float, gap_ms: float) -> None:
+        self.busy_ms += busy_ms
+        self.idle_ms += gap_ms
+        self.longest_gap_ms = max(self.longest_gap_ms, gap_ms)
+        self.num_launches[label] = self.num_launches.get(label, 0) + 1
+        self.launch_ms[label] = self.launch_ms.get(label, 0.0) + busy_ms
+
 
 class StepClock:
-    """Times launches on the compute stream. `begin` and `end` enqueue; `collect` reads what has
-    passed. Events are recycled once read, so their number follows the launches in flight."""
+    """Times launches on the compute stream, and with `times_copies` the copies beside them.
 
-    def __init__(self, streams: Streams) -> None:
+    `begin` and `end` enqueue; `collect` reads what has passed. Times are chained from event to
+    event, so they stay exact to an event's resolution over a run of any length. They are tied to
+    the host's clock once, by `reset`; whatever the two clocks drift apart after that stays in.
+    Events are recycled once read, so their number follows the launches in flight."""
+
+    def __init__(self, streams: Streams, *, times_copies: bool = False) -> None:
+        self.times_copies = times_copies
         self._streams = streams
-        self._pending: deque[_Entry] = deque()
+        self._pending: dict[str, deque[_Entry]] = {stream: deque() for stream in STREAMS}
         self._spare: list[_Entry] = []
-        self._last: _Entry | None = None
-        self.reading = ClockReading()
+        # Of each stream, the last entry read and where it ended.
+        self._last: dict[str, tuple[_Entry, float]] = {}
+        self._anchor = streams.event("anchor")
+        self.reset()
 
-    def begin(self, label: str) -> None:
+    def begin(self, label: str, stream: str = COMPUTE) -> None:
         if self._spare:
             entry = self._spare.pop()
             entry.label = label
         else:
             entry = _Entry(label, self._streams.event("start"), self._streams.event("end"))
-        self._streams.record(entry.start, COMPUTE)
-        self._pending.append(entry)
+        self._streams.record(entry.start, stream)
+        self._pending[stream].append(entry)
 
-    def end(self) -> None:
-        self._streams.record(self._pending[-1].end, COMPUTE)
+    def end(self, stream: str = COMPUTE) -> None:
+        self._streams.record(self._pending[stream][-1].end, stream)
 
-    def collect(self) -> None:
-        """Adds every launch that has ended to `reading`. Never blocks. Call it between launches:
-        an entry that has begun and not ended must not be pending."""
-        reading = self.reading
-        while self._pending and self._pending[0].end.query():
-            entry = self._pending.popleft()
-            busy_ms = entry.start.elapsed_ms(entry.end)
-            reading.busy_ms += busy_ms
-            reading.num_launches[entry.label] = reading.num_launches.get(entry.label, 0) + 1
-            reading.launch_ms[entry.label] = reading.launch_ms.get(entry.label, 0.0) + busy_ms
-            if self._last is not None:
-                gap_ms = max(0.0, self._last.end.elapsed_ms(entry.start))
-                reading.idle_ms += gap_ms
-                reading.longest_gap_ms = max(reading.longest_gap_ms, gap_ms)
-                self._spare.append(self._last)
-            self._last = entry
+    def collect(self) -> list[DeviceSpan]:
+        """Everything that has ended since the last call, stream by stream in order; the compute
+        stream's is added to `reading`. Never blocks. Call it between launches: an entry that has
+        begun and not ended must not be pending."""
+        spans = []
+        for stream, pending in self._pending.items():
+            while pending and pending[0].end.query():
+                spans.append(self._read(pending.popleft(), stream))
+        return spans
 
     def drop_pending(self) -> None:
         """Forgets launches not collected yet, also one that has begun and not ended. The caller has
         synchronized the streams."""
-        self._pending.clear()
+        for pending in self._pending.values():
+            pending.clear()
 
     def reset(self) -> None:
-        """Starts new sums. The gap before the next launch counts to neither."""
+        """Starts new sums and ties the device's clock to the host's; blocks until the compute
+        stream is empty. The gap before the next launch counts to neither side."""
         self.collect()
         self.reading = ClockReading()
-        if self._last is not None:
-            self._spare.append(self._last)
-            self._last = None
+        self._spare += [entry for entry, _ in self._last.values()]
+        self._last.clear()
+        self._streams.record(self._anchor, COMPUTE)
+        self._anchor.synchronize()
+        self._anchor_s = time.perf_counter()
+
+    def _read(self, entry: _Entry, stream: str) -> DeviceSpan:
+        last, last_s = self._last.get(stream, (None, self._anchor_s))
+        since = self._anchor if last is None else last.end
+        wait_ms = max(0.0, since.elapsed_ms(entry.start))
+        busy_ms = entry.start.elapsed_ms(entry.end)
+        start_s = last_s + 1e-3 * wait_ms
+        end_s = start_s + 1e-3 * busy_ms
+        if stream == COMPUTE:
+            self.reading.add(entry.label, busy_ms, 0.0 if last is None else wait_ms)
+        if last is not None:
+            self._spare.append(last)
+        self._last[stream] = (entry, end_s)
+        return DeviceSpan(entry.label, stream, start_s, end_s)

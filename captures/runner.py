@@ -75,12 +75,12 @@ class StepPipeline:
         ladder: BucketLadder,
         streams: Streams,
         *,
+        name: str = "step",
         num_banks: int = 2,
         clock: StepClock | None = None,
     ) -> None:
         self.ladder = ladder
         self._streams = streams
-        self._clock = clock
         in_arena, out_arena = Arena(inputs), Arena(outputs)
         self._fields = in_arena.fields
         self._in_layouts = {size: in_arena.layout(size) for size in ladder.sizes}
@@ -92,7 +92,12 @@ class StepPipeline:
         self.static_inputs = {s: v.views(self._static_in) for s, v in self._in_layouts.items()}
         self.static_outputs = {s: v.views(self._static_out) for s, v in self._out_layouts.items()}
         self._banks = Banks(
-            streams, "decode", in_bytes=in_bytes, out_bytes=out_bytes, count=num_banks
+            streams,
+            name,
+            in_bytes=in_bytes,
+            out_bytes=out_bytes,
+            count=num_banks,
+            clock=clock,
         )
         self._host_views: dict[tuple[str, int], tuple[HostArrays, HostArrays]] = {}
 
@@ -114,15 +119,11 @@ class StepPipeline:
         out_bytes = self._out_layouts[step.bucket].nbytes
 
         def run(bank: Bank) -> None:
-            if self._clock is not None:
-                self._clock.begin("decode")
             # The compute stream orders these three after the previous step's reads of the static
             # inputs and before the next step's writes of the static outputs.
             self._static_in[:in_bytes].copy_(bank.device_in[:in_bytes], non_blocking=True)
             execute(step.bucket)
             bank.device_out[:out_bytes].copy_(self._static_out[:out_bytes], non_blocking=True)
-            if self._clock is not None:
-                self._clock.end()
 
         self._banks.launch(step.bank, run, in_bytes=in_bytes, out_bytes=out_bytes)
 

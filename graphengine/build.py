@@ -58,7 +58,7 @@ def _build_runner(resolved: Resolved, laps: Laps) -> tuple[StepClock, ModelRunne
         num_blocks = _num_blocks_that_fit(resolved, model, streams)
         check_one_sequence_fits(num_blocks, resolved)
     laps.end("memory")
-    clock = StepClock(streams)
+    clock = StepClock(streams, times_copies=resolved.config.trace is not None)
     runner = _make_runner(resolved, model, streams, clock, num_blocks, resolved.ladder)
     if resolved.device.type == "cuda":
         # Takes from the allocator now what the largest steps will ever need of it.

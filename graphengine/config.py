@@ -39,6 +39,7 @@ class EngineConfig:
     seed: of dummy weights and of requests that bring no seed.
     enforce_eager: no CUDA graphs; the same step function is called instead.
     async_scheduling: launch step N+1 before waiting for step N; False takes turns.
+    trace: file for a Chrome trace of host phases and device work of all streams; None writes none.
     """
 
     model: str
@@ -58,6 +59,7 @@ class EngineConfig:
     seed: int = 0
     enforce_eager: bool = False
     async_scheduling: bool = True
+    trace: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError naming the option, its value and the accepted range."""

@@ -7,18 +7,19 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
 from collections.abc import Sequence as SequenceOf
+from pathlib import Path
 from types import TracebackType
 
 import torch
 
-from captures import CaptureReport
+from captures import COMPUTE, CaptureReport
 from graphengine.block_manager import BlockManager
 from graphengine.build import build_runner, make_table
 from graphengine.config import EngineConfig, engine_config
 from graphengine.errors import RequestError
 from graphengine.hub import resolve_model
 from graphengine.intake import Feeder, Intake, Prompt
-from graphengine.metrics import EngineStats, Laps, RunCounters
+from graphengine.metrics import EngineStats, Lap, Laps, RunCounters
 from graphengine.model_runner import Launched
 from graphengine.request import (
     CompletionOutput,
@@ -31,6 +32,7 @@ from graphengine.request import (
 from graphengine.resolve import Resolved, resolve
 from graphengine.scheduler import DecodeBatch, Scheduler
 from graphengine.tokenizer import StopStrings, Tokenizer
+from graphengine.trace import TraceFile
 
 # How long an idle engine waits for more requests before it starts with those it has.
 _GATHER_S = 0.01
@@ -44,11 +46,14 @@ class LLM:
     """
 
     def __init__(self, model: str, **options: object) -> None:
-        laps = Laps()
-        resolved = resolve(engine_config(model, **options))
+        config = engine_config(model, **options)
+        self._trace = None
+        if config.trace is not None:
+            self._trace = TraceFile(Path(config.trace), start_s=time.perf_counter())
+        laps = self._make_laps()
+        resolved = resolve(config)
         self._resolved = resolved
         laps.end("config")
-        config = resolved.config
         self.model_config = resolved.model_config
         self.tokenizer = _make_tokenizer(resolved)
         laps.end("tokenizer")
@@ -79,6 +84,15 @@ class LLM:
     @property
     def max_model_len(self) -> int:
         return self._resolved.max_model_len
+
+    @property
+    def block_size(self) -> int:
+        return self._resolved.block_size
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Of one weight, and of one element of the KV cache."""
+        return self._resolved.dtype.itemsize
 
     def generate(
         self,
@@ -155,13 +169,22 @@ class LLM:
             gpu_busy=reading.busy_share if self._resolved.device.type == "cuda" else None,
             longest_gap_ms=reading.longest_gap_ms,
             host_ms=counters.laps.mean_ms(),
+            idle_host_ms=dict(counters.idle.host_ms),
+            longest_gaps=counters.idle.longest,
         )
+
+    def timeline(self) -> tuple[list[Lap], list[tuple[str, float, float]]]:
+        """The last few steps of the stream: the host's phases, and the device's launches as (label,
+        start, end); seconds of perf_counter."""
+        return list(self._counters.laps.recent), list(self._counters.idle.recent)
 
     def close(self) -> None:
         """Frees graphs, KV cache and weights. Safe to call twice."""
         if self._is_closed:
             return
         self._is_closed = True
+        if self._trace is not None:
+            self._trace.close()
         self._runner.close()
         del self._runner
         if self._resolved.device.type == "cuda":
@@ -193,7 +216,7 @@ class LLM:
         )
         self._stop_strings: dict[int, StopStrings] = {}
         self._clock.reset()
-        self._counters = RunCounters()
+        self._counters = RunCounters(laps=self._make_laps())
 
     def _loop(self, feeder: Feeder, *, is_patient: bool) -> Iterator[RequestOutput]:
         """One turn launches step N+1 while N runs, then waits for N. What ended in N - 1 is turned
@@ -214,8 +237,8 @@ class LLM:
                 laps.end("launch" if isinstance(batch, DecodeBatch) else "prefill")
             outputs += [self._output(sequence, text) for sequence, text in ended]
             ended = []
-            self._clock.collect()
             laps.end("output")
+            self._take_spans()
             yield from outputs
             if self._is_closed:
                 raise RuntimeError("this LLM was closed while it streamed")
@@ -225,6 +248,7 @@ class LLM:
                 assert not scheduler.has_work, "nothing runs and nothing can start"
                 assert self._blocks.num_free == self._blocks.num_blocks, "blocks leaked"
                 if feeder.exhausted:
+                    self._take_spans()
                     return
 
     def _take_requests(
@@ -253,6 +277,18 @@ class LLM:
             if is_idle and gather_until_s == math.inf:
                 gather_until_s = time.perf_counter() + _GATHER_S
         return outputs
+
+    def _take_spans(self) -> None:
+        """Accounts for what the device has finished."""
+        counters = self._counters
+        for span in self._clock.collect():
+            if span.stream == COMPUTE:
+                counters.idle.add(span.label, span.start_s, span.end_s, counters.laps.recent)
+            if self._trace is not None:
+                self._trace.add_span(span)
+
+    def _make_laps(self) -> Laps:
+        return Laps(None if self._trace is None else self._trace.add_lap)
 
     def _commit(self, launched: Launched) -> list[tuple[Sequence, str | None]]:
         """Waits for a step and takes up its results: the sequences that ended, and their text where

@@ -10,16 +10,17 @@ from collections.abc import Sequence as SequenceOf
 from graphengine.config import MAX_STOP_IDS
 from graphengine.errors import RequestError
 from graphengine.request import (
+    PROMPT_KEYS,
     CompletionOutput,
     FinishReason,
     Request,
     RequestOutput,
     SamplingParams,
     Sequence,
+    brief,
 )
 from graphengine.tokenizer import Tokenizer
 
-PROMPT_KEYS = ("prompt", "messages", "prompt_token_ids")
 Prompt = str | Mapping[str, object]
 
 
@@ -100,23 +101,23 @@ class Intake:
         else:
             raise RequestError(
                 f"a prompt is a string or a mapping with one of {', '.join(PROMPT_KEYS)}; got "
-                f"{_brief(prompt)}"
+                f"{brief(prompt)}"
             )
         if kind == "prompt_token_ids":
             if not isinstance(value, SequenceOf) or isinstance(value, str):
-                raise RequestError(f"prompt_token_ids is {_brief(value)}; give a list of int")
+                raise RequestError(f"prompt_token_ids is {brief(value)}; give a list of int")
             self._check_ids(kind, value)
             return None, list(value)
         if self._tokenizer is None:
             raise RequestError(f"a {kind} needs a tokenizer; send prompt_token_ids")
         if kind == "messages":
             if not (isinstance(value, SequenceOf) and all(isinstance(m, Mapping) for m in value)):
-                raise RequestError(f"messages is {_brief(value)}; give a list of objects")
+                raise RequestError(f"messages is {brief(value)}; give a list of objects")
             token_ids = self._tokenizer.encode_chat(value)
             self._check_ids("the tokenizer's output", token_ids)
             return None, token_ids
         if not isinstance(value, str):
-            raise RequestError(f"prompt is {_brief(value)}; give a string")
+            raise RequestError(f"prompt is {brief(value)}; give a string")
         if not value:
             raise RequestError("the prompt is empty; give at least one token")
         token_ids = self._tokenizer.encode(value)
@@ -126,7 +127,7 @@ class Intake:
     def _check_ids(self, name: str, token_ids: SequenceOf[object]) -> None:
         for token_id in token_ids:
             if not isinstance(token_id, int) or isinstance(token_id, bool):
-                raise RequestError(f"{name} holds {_brief(token_id)}; give a list of int")
+                raise RequestError(f"{name} holds {brief(token_id)}; give a list of int")
             if not 0 <= token_id < self._vocab_size:
                 raise RequestError(
                     f"{name} holds {token_id}; the vocabulary is 0..{self._vocab_size - 1}"
@@ -136,11 +137,6 @@ class Intake:
 def refused(index: int, request_id: str, prompt: str | None, error: str) -> RequestOutput:
     completion = CompletionOutput(0, "", [], FinishReason.ERROR)
     return RequestOutput(request_id, index, prompt, [], [completion], error=error)
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _mix(seed: int, index: int) -> int:

@@ -90,10 +90,11 @@ class ModelRunner:
             "prefill",
             in_bytes=sum(layout.nbytes for layout in largest),
             out_bytes=max_sequences * torch.int64.itemsize,
+            clock=clock,
         )
         fields = decode_fields(table)
         self._decode_pads = {field.name: field.pad for field in fields}
-        pipeline = StepPipeline(fields, OUTPUT_FIELDS, ladder, streams, clock=clock)
+        pipeline = StepPipeline(fields, OUTPUT_FIELDS, ladder, streams, name="decode", clock=clock)
         # What was built so far was launched on another stream.
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -187,10 +188,8 @@ class ModelRunner:
         out_bytes = num_sequences * torch.int64.itemsize
 
         def run(bank: Bank) -> None:
-            self._clock.begin("prefill")
             tokens, sequences = _views(layouts, bank.device_in, Layout.views)
             self.prefill(tokens, sequences, batch, bank.device_out[:out_bytes].view(torch.int64))
-            self._clock.end()
 
         def wait() -> TokenIds:
             self._prefill_banks.wait(bank)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graphengine.errors import ModelError, RequestError
+from graphengine.request import check_text
 
 _REPLACEMENT = "\ufffd"  # what an unfinished multi-byte character decodes to
 # An output that is no text may never settle. Past so many tokens it is taken as it is, so that the
@@ -67,13 +68,7 @@ class Tokenizer:
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Raises RequestError for a str that is no text: tokenizers would raise TypeError."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"the text holds half of a surrogate pair (\\u{ord(text[error.start]):04x}); "
-                "take it out"
-            ) from error
+        check_text("the text", text)
         # verbose=False: the engine itself says when a prompt is too long.
         ids: list[int] = self.hf.encode(text, add_special_tokens=add_special_tokens, verbose=False)
         return ids

@@ -33,6 +33,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "prompt_file",
         "output_file",
         "progress",
+        "exit_codes",
         "demo",
         "demo.sums",
     ),
@@ -55,7 +56,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     # The only two that turn the one into the other.
     "step": ("step_inputs", "model_runner"),
-    "engine": ("resolve", "build", "plan", "engine"),
+    "engine": ("resolve", "build", "plan", "trace", "engine"),
     # Made the demo model; nothing imports it.
     "tool": ("demo.train",),
 }

@@ -19,6 +19,7 @@ from mutation import mutated
 import captures.banks
 import captures.streams
 from captures import (
+    COMPUTE,
     Arena,
     Bank,
     Banks,
@@ -400,7 +401,7 @@ def broken_orders(log: Log) -> list[str]:
         if not all(order.is_before(*pair) for pair in zip(before, after, strict=False)):
             broken.append(what)
 
-    for parity, bank in enumerate(("decode0", "decode1")):
+    for parity, bank in enumerate(("step0", "step1")):
         fills, reads = order.places("fill", bank), order.places("read", bank)
         ins, outs = order.places("copy", f"{bank}.in"), order.places("copy", f"{bank}.out")
         own = runs[parity::2]
@@ -428,7 +429,7 @@ def test_copy_in_overlaps_the_step_before() -> None:
     drive(LoggingStreams(log), log)
     order = Order(log)
     runs = order.places("run")
-    ins = sorted(order.places("copy", "decode0.in") + order.places("copy", "decode1.in"))
+    ins = sorted(order.places("copy", "step0.in") + order.places("copy", "step1.in"))
     for run, copy in zip(runs, ins[1:], strict=False):
         assert run < copy
         assert not order.is_before(run, copy)
@@ -463,7 +464,7 @@ def test_event_is_recorded_once_per_use_and_waited_for_after_that() -> None:
     """SGLang PR 31072: a shared event re-recorded before its waiter was queued."""
     log: Log = []
     drive(LoggingStreams(log), log, num_steps=6)
-    for bank, event in itertools.product(("decode0", "decode1"), ("copied", "computed", "ready")):
+    for bank, event in itertools.product(("step0", "step1"), ("copied", "computed", "ready")):
         name = f"{bank}.{event}"
         verbs = [verb for _, verb, n in log if n == name and verb in ("record", "wait")]
         waits = [] if event == "ready" else ["wait"]
@@ -603,7 +604,7 @@ def test_clock_of_a_launch_on_its_way_is_not_read(fake_time: FakeTime) -> None:
     clock = StepClock(streams)
     clock.begin("decode")
     clock.end()
-    ends = clock._pending[-1].end
+    ends = clock._pending[COMPUTE][-1].end
     streams.copy(captures.streams.COPY_OUT, torch.zeros(1), torch.zeros(1), "held")
     streams.record(ends, captures.streams.COPY_OUT)
     clock.collect()
@@ -622,5 +623,5 @@ def test_pipeline_times_each_step() -> None:
         runner.launch(step)
         runner.wait(step)
     clock.collect()
-    assert clock.reading.num_launches == {"decode": 3}
+    assert clock.reading.num_launches == {"step": 3}
     assert clock.reading.busy_ms > 0

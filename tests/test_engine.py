@@ -297,7 +297,9 @@ def test_interrupt_anywhere_leaves_the_engine_usable(
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt):
                 list(llm.stream(some_requests(20)))
-            assert not llm._clock._pending, "a launch that was cut off has no end to read"
+            assert not any(llm._clock._pending.values()), (
+                "a launch that was cut off has no end to read"
+            )
             if isinstance(streams := llm._runner._streams, LateStreams):
                 assert streams.is_idle, "the next stream would write under its copies"
         assert_usable(world, llm)

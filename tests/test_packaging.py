@@ -30,6 +30,8 @@ def name_of(requirement: str) -> str:
         "import sys, cli; sys.argv = ['graphengine', '--help']; cli.main()",
         "import sys, cli; sys.argv = ['graphengine', 'generate', '--help']; cli.main()",
         "import sys, cli; sys.argv = ['graphengine', 'generate', 'demo', '']; cli.main()",
+        "import sys, cli; sys.argv = ['graphengine', 'perf', '--help']; cli.main()",
+        "import sys, cli; sys.argv = ['graphengine', 'perf', 'compare', 'a', 'b']; cli.main()",
     ],
 )
 def test_start_does_not_wait_for_torch(code: str) -> None:
@@ -64,7 +66,7 @@ def test_every_direct_dependency_is_pinned() -> None:
 def test_packages_and_their_data_are_listed() -> None:
     setuptools = PROJECT["tool"]["setuptools"]
     patterns = setuptools["packages"]["find"]["include"]
-    for package in ("captures", "graphengine"):
+    for package in ("captures", "graphengine", "perf"):
         for directory, _, files in os.walk(ROOT / package):
             if any(name.endswith(".py") for name in files):
                 assert "__init__.py" in files, f"{directory} would not be installed"

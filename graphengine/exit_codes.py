@@ -1,0 +1,46 @@
+"""How does a command end? What a user can cause is one line and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import typer
+
+from graphengine.errors import GraphEngineError
+from graphengine.output_file import one_line
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT, as a shell counts it
+
+
+@contextlib.contextmanager
+def errors_as_exit_codes() -> Iterator[None]:
+    """What a user can cause ends in one line and an exit code; a bug keeps its traceback."""
+    try:
+        yield
+    except GraphEngineError as error:
+        _drop_unwritten_output()
+        say("error: " + one_line(str(error)))
+        raise typer.Exit(BAD_INPUT) from error
+    except KeyboardInterrupt as error:
+        say("interrupted")
+        raise typer.Exit(INTERRUPTED) from error
+
+
+def _drop_unwritten_output() -> None:
+    """What standard output cannot take, Python would try to write again at exit, and end with
+    another error and exit code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def say(line: str) -> None:
+    """A line for the person at the terminal; standard output is for results."""
+    print(line, file=sys.stderr)

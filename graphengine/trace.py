@@ -1,0 +1,55 @@
+"""What ran when? A trace of host phases and device work for Chrome's tracing page or Perfetto."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from captures import DeviceSpan
+from graphengine.errors import ConfigError
+from graphengine.metrics import Lap
+
+# Threads of the trace, in the order they are shown.
+_HOST = "host"
+_ROWS = (_HOST, "copy_in", "compute", "copy_out")
+
+
+class TraceFile:
+    """Written as spans come, so that memory does not grow with the run. The format is the "JSON
+    object format" of Chrome's Trace Event Format; times are microseconds since the file was made.
+
+    Raises ConfigError if `path` cannot be written."""
+
+    def __init__(self, path: Path, *, start_s: float) -> None:
+        self._start_s = start_s
+        try:
+            self._file = path.open("w", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"trace {str(path)!r} cannot be written ({error.strerror}); give another file"
+            ) from error
+        self._file.write('{"displayTimeUnit": "ms", "traceEvents": [')
+        names = [
+            {"ph": "M", "name": "thread_name", "pid": 0, "tid": tid, "args": {"name": name}}
+            for tid, name in enumerate(_ROWS)
+        ]
+        self._file.write(",\n".join(map(json.dumps, names)))
+
+    def add_lap(self, lap: Lap) -> None:
+        self._add(lap.phase, _HOST, lap.start_s, lap.end_s)
+
+    def add_span(self, span: DeviceSpan) -> None:
+        self._add(span.label, span.stream, span.start_s, span.end_s)
+
+    def close(self) -> None:
+        """Completes the file. Safe to call twice."""
+        if not self._file.closed:
+            self._file.write("]}\n")
+            self._file.close()
+
+    def _add(self, name: str, row: str, start_s: float, end_s: float) -> None:
+        # Formatted by hand: names are ours, and json.dumps would cost three times as much.
+        self._file.write(
+            f',\n{{"ph":"X","name":"{name}","pid":0,"tid":{_ROWS.index(row)},'
+            f'"ts":{1e6 * (start_s - self._start_s):.3f},"dur":{1e6 * (end_s - start_s):.3f}}}'
+        )

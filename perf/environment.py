@@ -1,0 +1,103 @@
+"""What was it measured on? Card, driver, clocks, versions, commit, read bandwidth."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "triton", "flash-attn", "transformers", "numpy")
+_QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+_BANDWIDTH_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
+
+
+def environment() -> dict[str, Any]:
+    """Everything that can change a figure, except the engine's own options."""
+    found: dict[str, Any] = {
+        "device": device_name(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "num_cpus": os.cpu_count(),
+        "commit": os.environ.get("GRAPHENGINE_COMMIT") or _run("git", "rev-parse", "HEAD"),
+        "is_dirty": bool(_run("git", "status", "--porcelain")),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "cuda": torch.version.cuda,
+        "gpu": gpu_state(),
+    }
+    return found
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def gpu_state() -> dict[str, str]:
+    """Driver, clocks and temperature as nvidia-smi tells them now; empty without it."""
+    line = _run("nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader", "-i", "0")
+    values = [value.strip() for value in line.split(",")]
+    names = _QUERY.split(",")
+    return dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
+
+
+def read_bandwidth(cache: Path | None = None) -> float:
+    """Bytes a second that a plain sum over memory past every cache reads: the ceiling of decoding.
+
+    Measured once and kept in `cache` by device and torch version; median of 15 passes."""
+    key = f"{device_name()} / {_cpu_name()} / torch {torch.__version__}"
+    cache = cache or Path.home() / ".cache" / "graphengine" / "bandwidth.json"
+    known: dict[str, float] = {}
+    if cache.is_file():
+        try:
+            known = json.loads(cache.read_text())
+            return float(known[key])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            known = known if isinstance(known, dict) else {}
+    known[key] = _measure_bandwidth()
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text(json.dumps(known, indent=1) + "\n")
+    return known[key]
+
+
+def _measure_bandwidth() -> float:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = torch.ones(_BANDWIDTH_BYTES[device.type] // 4, dtype=torch.float32, device=device)
+    seconds = []
+    for _ in range(18):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        data.sum().item()  # waits for the device; its few microseconds are lost in the pass
+        seconds.append(time.perf_counter() - start)
+    return data.nbytes / statistics.median(seconds[3:])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
+
+
+def _run(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

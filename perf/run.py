@@ -1,0 +1,335 @@
+"""How fast is it? Runs workloads in interleaved repeats and gathers their figures."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphengine import LLM, Request, SamplingParams
+from graphengine.errors import ConfigError
+from graphengine.hub import resolve_model
+from graphengine.model_config import load_model_config
+from perf.environment import environment, gpu_state, read_bandwidth
+from perf.figures import merge
+from perf.peers import PEERS, measure_peer
+from perf.shapes import write_shape
+from perf.startup import measure_startup
+from perf.step_probe import StepProbe, Values
+from perf.workloads import WORKLOADS, Lengths, Workload, scaled, token_ids
+
+SCHEMA = 1
+MODES = {
+    "async": {},
+    "sync": {"async_scheduling": False},
+    "eager": {"async_scheduling": False, "enforce_eager": True},
+}
+Json = dict[str, Any]
+
+
+def run(
+    names: list[str],
+    *,
+    model: str | None,
+    scale: float,
+    repeats: int,
+    modes: list[str],
+    say: Callable[[str], None],
+    peers: Sequence[str] = (),
+) -> Json:
+    """The result file's contents: see the README of the figures' meaning.
+
+    model: a checkpoint instead of each workload's random-weight shape. Workloads of one shape and
+    mode share an engine, and their repeats take turns, so that a drift of the machine falls on all
+    alike. Raises ConfigError for a workload or mode that does not exist."""
+    _check_names("workload", names, WORKLOADS)
+    _check_names("mode", modes, MODES)
+    _check_names("peer", list(peers), dict.fromkeys(PEERS))
+    result: Json = {
+        "schema": SCHEMA,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "environment": environment(),
+        "config": {"scale": scale, "repeats": repeats, "modes": modes, "model": model},
+        "read_bandwidth_bytes_per_s": read_bandwidth(),
+        "workloads": {},
+    }
+    chosen = [WORKLOADS[name] for name in names]
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in dict.fromkeys(workload.shape for workload in chosen):
+            group = [workload for workload in chosen if workload.shape == shape]
+            path = model or str(write_shape(shape, Path(folder)))
+            for mode in modes:
+                engine_group = [workload for workload in group if workload.kind != "startup"]
+                if engine_group:
+                    say(f"{shape if model is None else model}, {mode}: making the engine")
+                    found = _run_group(
+                        engine_group,
+                        path,
+                        model is None,
+                        mode,
+                        scale,
+                        repeats,
+                        say,
+                        result["read_bandwidth_bytes_per_s"],
+                    )
+                    for name, measured in found.items():
+                        result["workloads"].setdefault(name, {})[mode] = measured
+            for workload in group:
+                if workload.kind == "startup":
+                    say(f"{workload.name}: starting processes")
+                    result["workloads"][workload.name] = {
+                        "async": measure_startup(model, shape, Path(folder), repeats=repeats)
+                    }
+            for peer in peers:
+                found = _run_peer(peer, group, resolve_model(path), scale, repeats, say)
+                result.setdefault("peers", {}).setdefault(peer, {}).update(found)
+    result["environment"]["gpu_after"] = gpu_state()
+    return result
+
+
+def _check_names(kind: str, names: list[str], known: Mapping[str, object]) -> None:
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"no {kind} {name!r}; choose from {', '.join(known)}")
+
+
+def _run_group(
+    workloads: list[Workload],
+    path: str,
+    is_shape: bool,
+    mode: str,
+    scale: float,
+    repeats: int,
+    say: Callable[[str], None],
+    bandwidth: float,
+) -> dict[str, Json]:
+    options: Json = dict(MODES[mode])
+    if is_shape:
+        options |= {"load_format": "dummy"}
+    llm = make_llm(path, max(w.max_len(scale) for w in workloads), workloads, scale, options)
+    try:
+        measured: dict[str, list[Values]] = {workload.name: [] for workload in workloads}
+        details: dict[str, Json] = {}
+        probe = StepProbe(llm) if any(w.kind == "grid" for w in workloads) else None
+        for repeat in range(-1, repeats):  # the first warms up and is thrown away
+            for workload in workloads:
+                say(
+                    f"{workload.name}, {mode}: "
+                    + (f"repeat {repeat + 1}" if repeat >= 0 else "warm-up")
+                )
+                if workload.kind == "grid":
+                    assert probe is not None
+                    values = _grid(workload, llm, probe, scale, bandwidth)
+                    detail: Json = {}
+                else:
+                    values, detail = _requests(workload, llm, scale, bandwidth)
+                if repeat >= 0:
+                    measured[workload.name].append(values)
+                    details[workload.name] = detail
+        return {
+            name: {"figures": merge(values), "detail": details[name]}
+            for name, values in measured.items()
+        }
+    finally:
+        llm.close()
+        del llm
+        gc.collect()
+
+
+def _run_peer(
+    peer: str,
+    workloads: list[Workload],
+    path: Path,
+    scale: float,
+    repeats: int,
+    say: Callable[[str], None],
+) -> dict[str, Json]:
+    """A peer on those of the workloads that go through a whole engine, after ours has given its
+    memory back. Nothing for a peer if there is none."""
+    lengths = {w.name: w.lengths(scale) for w in workloads if w.kind == "run"}
+    if not lengths:
+        return {}
+    say(f"{peer}: {', '.join(lengths)}")
+    vocab_size = load_model_config(path).vocab_size
+    return measure_peer(peer, path, lengths, vocab_size, repeats=repeats)
+
+
+def make_llm(
+    path: str, max_len: int, workloads: list[Workload], scale: float, options: Json
+) -> LLM:
+    """An engine whose KV cache holds what the workloads need at once, and not more."""
+    limit = load_model_config(resolve_model(path)).max_position_embeddings
+    if max_len > limit:
+        raise ConfigError(
+            f"the longest sequence has {max_len} tokens, the model takes {limit}; lower --scale"
+        )
+    max_num_seqs = max(
+        [max(workload.rows) for workload in workloads if workload.rows]
+        + [min(256, len(workload.lengths(scale))) for workload in workloads]
+    )
+    return LLM(
+        path,
+        skip_tokenizer_init=True,
+        max_model_len=min(limit, -(-max_len // 256) * 256),
+        max_num_seqs=max_num_seqs,
+        **options,
+    )
+
+
+def _requests(workload: Workload, llm: LLM, scale: float, bandwidth: float) -> tuple[Values, Json]:
+    lengths = workload.lengths(scale)
+    vocab_size = llm.model_config.vocab_size
+    requests = [
+        Request(
+            {"prompt_token_ids": ids},
+            SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True),
+        )
+        for ids, (_, new) in zip(token_ids(lengths, vocab_size), lengths, strict=True)
+    ]
+    with MemorySampler() as memory:
+        outputs = list(llm.stream(requests))
+    errors = [output.error for output in outputs if output.error]
+    if errors:
+        raise ConfigError(f"{workload.name}: {len(errors)} requests failed, first: {errors[0]}")
+    stats = llm.stats()
+    num_out = sum(new for _, new in lengths)
+    assert stats.output_tokens == num_out
+    decode_s = 1e-3 * stats.decode_ms * stats.num_decode_steps
+    prefill_s = 1e-3 * stats.prefill_ms * stats.num_prefill_steps
+    values: Values = {
+        "total_s": (stats.elapsed_s, "s", "lower"),
+        "out_tok_per_s": (num_out / stats.elapsed_s, "tok/s", "higher"),
+        "ms_per_step": (1e3 * stats.elapsed_s / max(new for _, new in lengths), "ms", "lower"),
+        "device_ms_per_decode_step": (stats.decode_ms, "ms", "lower"),
+        "host_ms_per_decode_step": (_shadow_ms(stats.host_ms), "ms", "lower"),
+        "prefill_tflops": (
+            1e-12 * prefill_flops(llm, [p for p, _ in lengths]) / max(prefill_s, 1e-9),
+            "TFLOP/s",
+            "higher",
+        ),
+    }
+    if decode_s > 0.0:
+        num_bytes = stats.num_decode_steps * weight_bytes(llm) + kv_bytes_read(llm, lengths)
+        values["bandwidth_share"] = (num_bytes / decode_s / bandwidth, "of 1", "higher")
+    if stats.gpu_busy is not None:
+        values["gpu_busy"] = (stats.gpu_busy, "of 1", "higher")
+    detail: Json = {
+        "num_requests": len(lengths),
+        "prompt_tokens": sum(p for p, _ in lengths),
+        "output_tokens": num_out,
+        "num_decode_steps": stats.num_decode_steps,
+        "num_prefill_steps": stats.num_prefill_steps,
+        "host_ms": stats.host_ms,
+        "idle_host_ms": stats.idle_host_ms,
+        "longest_gaps": [
+            {"at_s": gap.at_s, "ms": gap.ms, "host_ms": gap.host_ms} for gap in stats.longest_gaps
+        ],
+        "memory": memory.samples,
+        "timeline": _timeline(llm),
+    }
+    return values, detail
+
+
+def _shadow_ms(host_ms: dict[str, float]) -> float:
+    """Host time of a decode step, prefills and waiting apart."""
+    return sum(
+        host_ms.get(name, 0.0) for name in ("intake", "schedule", "launch", "output", "commit")
+    )
+
+
+def _grid(workload: Workload, llm: LLM, probe: StepProbe, scale: float, bandwidth: float) -> Values:
+    values: Values = {}
+    for context in workload.contexts:
+        for rows in workload.rows:
+            length = scaled(context, scale)
+            if not probe.fits(rows, length):
+                continue
+            point = probe.measure(rows, length)
+            values |= point
+            device_ms = point[f"device_ms[{rows} x {length}]"][0]
+            num_bytes = weight_bytes(llm) + rows * length * _kv_token_bytes(llm)
+            values[f"bandwidth_share[{rows} x {length}]"] = (
+                num_bytes / (1e-3 * device_ms) / bandwidth,
+                "of 1",
+                "higher",
+            )
+    return values
+
+
+def weight_bytes(llm: LLM) -> int:
+    """Bytes of weights one decode step must read: all but an embedding that is not the head too."""
+    config = llm.model_config
+    unread = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return (config.num_parameters - unread) * llm.dtype_bytes
+
+
+def kv_bytes_read(llm: LLM, lengths: Lengths) -> int:
+    """Bytes of keys and values that the decode steps of these requests must read. The first output
+    token comes from the prefill; the step that makes token i + 1 reads prompt + i tokens."""
+    num_tokens = sum(prompt * (new - 1) + new * (new - 1) // 2 for prompt, new in lengths)
+    return num_tokens * _kv_token_bytes(llm)
+
+
+def _kv_token_bytes(llm: LLM) -> int:
+    return llm.model_config.kv_bytes_per_token(llm.dtype_bytes)
+
+
+def prefill_flops(llm: LLM, prompts: list[int]) -> float:
+    """Arithmetic of the prefills: two operations for each weight of the layers and token, causal
+    attention, and the head once a prompt."""
+    config = llm.model_config
+    heads = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
+    layers = config.num_parameters - heads
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim  # of each (q, k) pair x2
+    return sum(
+        2.0 * layers * n + attention * n * n + 2.0 * config.vocab_size * config.hidden_size
+        for n in prompts
+    )
+
+
+class MemorySampler:
+    """Device memory in use and KV share, a few times a second, while it is entered."""
+
+    def __init__(self, interval_s: float = 0.2) -> None:
+        self.samples: list[Json] = []
+        self._interval_s = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> MemorySampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        start_s = time.perf_counter()
+        while not self._stop.wait(self._interval_s):
+            used = 0
+            if torch.cuda.is_available():
+                free, total = torch.cuda.mem_get_info()
+                used = total - free
+            self.samples.append({"at_s": time.perf_counter() - start_s, "used_bytes": used})
+
+
+def _timeline(llm: LLM) -> list[Json]:
+    """The last steps of a run, host and device, from the first thing shown on."""
+    laps, launches = llm.timeline()
+    spans = [("host", lap.phase, lap.start_s, lap.end_s) for lap in laps]
+    spans += [("device", *launch) for launch in launches]
+    # From where both are known.
+    begin_s = max(laps[0].start_s, launches[0][1]) if laps and launches else 0.0
+    return [
+        {"row": row, "name": name, "start_ms": 1e3 * (start - begin_s), "ms": 1e3 * (end - start)}
+        for row, name, start, end in spans
+        if start >= begin_s
+    ]

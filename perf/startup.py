@@ -1,0 +1,82 @@
+"""How long until the first token? Whole processes, by phase, with cold and warm kernel caches."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from graphengine.errors import GraphEngineError
+from perf.checkpoint import write_checkpoint
+from perf.figures import Figure, merge
+
+
+def measure_startup(model: str | None, shape: str, folder: Path, *, repeats: int) -> dict[str, Any]:
+    """Figures of `repeats` processes each with an empty and a filled Triton cache. Without `model`
+    a checkpoint of `shape` is written first, so its pages are in memory, as a second start finds
+    them."""
+    path = Path(model) if model else write_checkpoint(shape, folder)
+    figures: dict[str, Figure] = {}
+    detail: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as warm:
+        _start(path, warm)  # fills the warm cache, and the pages of the checkpoint and of torch
+        for name in ("cold", "warm"):
+            values, phases = [], []
+            for _ in range(repeats):
+                if name == "warm":
+                    times = _start(path, warm)
+                else:
+                    with tempfile.TemporaryDirectory() as cold:
+                        times = _start(path, cold)
+                values.append(
+                    {
+                        f"to_ready_s[{name}]": (times["ready"], "s", "lower"),
+                        f"to_first_token_s[{name}]": (times["first_token"], "s", "lower"),
+                    }
+                )
+                phases.append(times)
+            figures |= merge(values)
+            detail[name] = phases
+    return {"figures": figures, "detail": {"phases": detail}}
+
+
+def _start(path: Path, triton_cache: str) -> dict[str, Any]:
+    """Seconds since the process was started, by milestone, and its own phases."""
+    began = time.time()
+    done = subprocess.run(
+        [sys.executable, "-m", "perf.startup", str(path)],
+        env=os.environ | {"TRITON_CACHE_DIR": triton_cache},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise GraphEngineError(f"start-up of {path} failed: {done.stderr.strip()[-300:]}")
+    times: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    phases = times.pop("phases_s")
+    return {name: at - began for name, at in times.items()} | {"phases_s": phases}
+
+
+def _child(path: str) -> None:
+    times: dict[str, Any] = {"python": time.time()}
+    from graphengine import LLM, SamplingParams
+
+    times["imported"] = time.time()
+    llm = LLM(path, skip_tokenizer_init=True)
+    times["ready"] = time.time()
+    llm.generate(
+        {"prompt_token_ids": [1] * 8},
+        SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True),
+    )
+    times["first_token"] = time.time()
+    print(json.dumps(times | {"phases_s": llm.startup_s}))
+    llm.close()
+
+
+if __name__ == "__main__":
+    _child(sys.argv[1])

@@ -1,0 +1,83 @@
+"""Which loads are measured? Fixed, seeded, with real request lengths; `scale` shortens them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# (prompt tokens, output tokens) of each request.
+Lengths = list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """kind "run": the requests through the whole engine. kind "grid": decode steps alone, of
+    `rows` x `contexts` sequences whose KV cache is filled with noise. kind "startup": processes.
+    shape: the random-weight model of perf/shapes.py it runs on unless another is given.
+    max_len: the longest sequence, prompt and output."""
+
+    name: str
+    shape: str
+    kind: str
+    lengths: Callable[[float], Lengths] = lambda scale: []
+    rows: tuple[int, ...] = ()
+    contexts: tuple[int, ...] = ()
+
+    def max_len(self, scale: float) -> int:
+        if self.kind == "grid":
+            return max(scaled(context, scale) for context in self.contexts) + GRID_STEPS
+        return max((sum(pair) for pair in self.lengths(scale)), default=256)
+
+
+# Steps timed at each point of a grid, after the same number that warms up.
+GRID_STEPS = 24
+
+
+def scaled(length: int, scale: float) -> int:
+    return max(1, round(length * scale))
+
+
+def _same(num: int, prompt: int, new: int) -> Callable[[float], Lengths]:
+    return lambda scale: [(scaled(prompt, scale), scaled(new, scale))] * num
+
+
+def _mixed(num: int) -> Callable[[float], Lengths]:
+    """Uniform in 100..1024, drawn as nano-vllm's benchmark draws them: the token ids between the
+    lengths too, so that 256 requests come to its published 133,966 output tokens."""
+
+    def lengths(scale: float) -> Lengths:
+        draw = random.Random(0)
+        prompts = []
+        for _ in range(num):
+            prompts.append(draw.randint(100, 1024))
+            for _ in range(prompts[-1]):
+                draw.randint(0, 10000)
+        news = [draw.randint(100, 1024) for _ in range(num)]
+        return [(scaled(p, scale), scaled(n, scale)) for p, n in zip(prompts, news, strict=True)]
+
+    return lengths
+
+
+_ROWS = (1, 8, 32, 64, 128, 256)
+_CONTEXTS = (256, 1024, 4096)
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload("seed-8b", "llama-8b", "run", _same(32, 256, 8192)),
+        Workload("decode-8b", "llama-8b", "grid", rows=_ROWS, contexts=_CONTEXTS),
+        Workload("decode-0.6b", "qwen3-0.6b", "grid", rows=_ROWS, contexts=_CONTEXTS),
+        Workload("mixed-0.6b", "qwen3-0.6b", "run", _mixed(256)),
+        Workload("mixed-8b", "llama-8b", "run", _mixed(512)),
+        Workload("prefill-8b", "llama-8b", "run", _same(64, 4096, 16)),
+        Workload("latency", "qwen3-0.6b", "run", _same(1, 32, 128)),
+        Workload("startup", "llama-8b", "startup"),
+    )
+}
+
+
+def token_ids(lengths: Lengths, vocab_size: int) -> list[list[int]]:
+    """Seeded prompts of those lengths; the same for every engine and repeat."""
+    draw = random.Random(1)
+    return [[draw.randrange(vocab_size) for _ in range(prompt)] for prompt, _ in lengths]
