@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from graphengine import LLM, Request, SamplingParams
-from graphengine.errors import ConfigError
+from graphengine.errors import ConfigError, GraphEngineError
 from graphengine.hub import resolve_model
 from graphengine.model_config import load_model_config
 from perf.environment import environment, gpu_state, read_bandwidth
@@ -88,7 +88,13 @@ def run(
                         "async": measure_startup(model, shape, Path(folder), repeats=repeats)
                     }
             for peer in peers:
-                found = _run_peer(peer, group, resolve_model(path), scale, repeats, say)
+                try:
+                    found = _run_peer(peer, group, resolve_model(path), scale, repeats, say)
+                except GraphEngineError as error:
+                    # Our own figures took their time; they are not thrown away for it.
+                    result.setdefault("peer_errors", {})[peer] = str(error)
+                    say(f"error: {error}")
+                    continue
                 result.setdefault("peers", {}).setdefault(peer, {}).update(found)
     result["environment"]["gpu_after"] = gpu_state()
     return result

@@ -614,6 +614,15 @@ def test_too_little_memory_says_how_many_blocks_it_needs_and_has(
         world.llm(**options)
 
 
+def test_kv_cache_fills_the_memory_it_is_granted_null_block_included(world: World) -> None:
+    with world.llm() as llm:
+        per_block = llm._resolved.bytes_per_block
+    for granted in (12 * per_block, 12 * per_block + 5, 13 * per_block - 1):
+        with world.llm(kv_cache_memory_bytes=granted) as llm:
+            assert llm.num_blocks == 11
+            assert granted - per_block < llm._runner._kv.num_bytes <= granted
+
+
 def test_blocks_for_one_sequence_are_enough(world: World) -> None:
     with world.llm(num_gpu_blocks_override=8, max_num_seqs=3) as llm:
         assert_usable(world, llm)
