@@ -8,11 +8,12 @@ samples each of the unchanged demo model on two busy cores had medians 20 % apar
 
 How well the floor is known shows in how close the next best samples are: the spread of a figure is
 what lies between its best and its seventh best sample, which is the whole range of seven repeats
-or fewer. A figure is SLOWER if its best sample is worse than the limit and no sample of the new side
-lies in or below the base's spread. Where noise is larger than the limit, the second condition alone
-bounds the false alarms: of n samples each, drawn alike, the base's k best are ahead of all the new
-ones with probability C(n, k) / C(2n, k), whatever the distribution: 5.0 % for 3 repeats, 0.4 % for
-5, 0.03 % for 7, and 0.8 % at most from there on. Where noise is smaller, the limit is what counts.
+or fewer. A figure is SLOWER if its best sample is worse than the limit and no sample of the new
+side lies in the base's spread or ahead of it. Where noise is larger than the limit, the second
+condition alone bounds the false alarms: of n samples each, drawn alike, the base's k best are ahead
+of all the new ones with probability C(n, k) / C(2n, k), whatever the distribution: 5.0 % for 3
+repeats, 0.4 % for 5, 0.03 % for 7, and 0.8 % at most from there on. Where noise is smaller, the
+limit is what counts.
 
 Drawn alike is the catch: the repeats of one run share a minute of the machine's, and no statistic
 on two files can see that the machine changed between them. Where it does, give two folders of runs
@@ -244,7 +245,7 @@ def _load(path: Path) -> Side:
         result = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # UnicodeDecodeError is one too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise InputError(f"{path}: not JSON ({error}); give a file of `perf run`") from error
     if not isinstance(result, dict) or "schema" not in result:
         raise InputError(f"{path}: not a result of `perf run`")

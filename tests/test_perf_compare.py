@@ -47,43 +47,189 @@ BUSY = (
     (629, 454, 547, 528, 488),
     (426, 388, 457, 488, 387),
 )
-# The same at scale 0.2: ten rounds of four repeats in which three sides took turns, other work on
-# one core. The first two are the same code; in the third a decode step spins for 10 % of its time.
+# Microseconds of a decode step at scale 0.2: ten rounds of four repeats in which three sides took
+# turns, other work on one core. The first two are the same code; in the third a step spins for 10 %
+# of its time.
 BASE = (
-    (140.6, 85.5, 121.3, 77.4),
-    (91.6, 81.8, 63.0, 111.4),
-    (51.5, 135.0, 50.1, 48.0),
-    (46.6, 53.2, 51.4, 45.3),
-    (55.0, 52.9, 85.5, 54.6),
-    (47.9, 50.1, 50.2, 50.0),
-    (50.5, 53.4, 52.1, 48.9),
-    (47.0, 51.5, 46.8, 45.3),
-    (46.7, 48.0, 46.2, 47.8),
-    (45.6, 45.8, 45.5, 46.9),
+    (3496, 2745, 3495, 2402),
+    (3082, 2454, 1964, 3516),
+    (1569, 4610, 1556, 1607),
+    (1554, 1787, 1696, 1509),
+    (1873, 1771, 2932, 1866),
+    (1593, 1643, 1663, 1655),
+    (1692, 1634, 1560, 1629),
+    (1569, 1586, 1561, 1512),
+    (1560, 1602, 1511, 1593),
+    (1519, 1529, 1519, 1553),
 )
 UNCHANGED = (
-    (86.0, 63.1, 65.3, 59.6),
-    (55.3, 50.8, 56.0, 100.3),
-    (47.4, 45.2, 86.4, 62.6),
-    (48.4, 46.1, 48.4, 73.4),
-    (63.4, 47.4, 48.4, 52.9),
-    (48.3, 49.0, 48.6, 53.0),
-    (47.6, 45.9, 45.6, 46.3),
-    (50.9, 63.4, 58.2, 53.6),
-    (47.0, 46.0, 57.1, 65.1),
-    (51.2, 51.3, 47.7, 50.7),
+    (2878, 1900, 1940, 1935),
+    (1805, 1680, 1658, 3410),
+    (1589, 1513, 2835, 2155),
+    (1632, 1549, 1617, 2623),
+    (2044, 1565, 1623, 1647),
+    (1614, 1632, 1626, 1767),
+    (1596, 1531, 1526, 1542),
+    (1686, 2000, 1941, 1774),
+    (1567, 1534, 1929, 2164),
+    (1603, 1567, 1589, 1680),
 )
 SLOWED = (
-    (61.7, 130.9, 97.5, 82.7),
-    (64.7, 52.6, 93.6, 51.9),
-    (53.4, 73.3, 54.9, 70.4),
-    (53.5, 50.4, 56.6, 51.5),
-    (55.0, 56.9, 61.9, 54.5),
-    (66.5, 55.4, 53.2, 58.5),
-    (51.8, 55.1, 52.3, 51.4),
-    (70.0, 54.4, 53.8, 52.1),
-    (51.1, 48.5, 49.8, 57.3),
-    (53.3, 55.1, 51.8, 54.8),
+    (2033, 4084, 2807, 2802),
+    (2123, 1793, 3107, 1720),
+    (1779, 2526, 1724, 2153),
+    (1795, 1702, 1771, 1735),
+    (1872, 1916, 1960, 1815),
+    (2265, 1870, 1809, 1974),
+    (1747, 1860, 1767, 1736),
+    (2069, 1847, 1820, 1764),
+    (1709, 1649, 1688, 1806),
+    (1790, 1863, 1740, 1716),
+)
+# The best sample of each of 69 runs, two sides in turns, as test_perf_gate.py makes them, under a
+# load of 3.5 on two cores: microseconds of a decode step, and of one that spins for 10 % of its
+# time.
+CROWDED = (
+    3897,
+    4234,
+    2158,
+    2273,
+    1759,
+    2519,
+    4149,
+    5054,
+    4009,
+    1924,
+    4428,
+    7445,
+    2134,
+    2828,
+    2188,
+    4120,
+    4559,
+    1933,
+    1863,
+    1679,
+    4532,
+    2141,
+    1432,
+    1650,
+    3890,
+    4193,
+    1499,
+    1449,
+    2615,
+    2197,
+    1501,
+    1540,
+    5234,
+    1842,
+    2468,
+    1997,
+    1540,
+    1594,
+    1754,
+    2018,
+    2007,
+    1571,
+    1947,
+    1737,
+    3057,
+    1557,
+    1503,
+    1504,
+    3791,
+    4119,
+    1488,
+    2067,
+    1658,
+    1446,
+    1902,
+    2666,
+    1693,
+    1887,
+    1737,
+    2658,
+    1557,
+    1543,
+    1686,
+    3100,
+    1499,
+    3102,
+    1673,
+    1850,
+    2075,
+)
+CROWDED_SLOWED = (
+    5790,
+    5015,
+    6802,
+    4277,
+    4651,
+    4280,
+    2187,
+    5685,
+    3376,
+    5452,
+    3010,
+    2602,
+    4503,
+    5554,
+    5018,
+    7058,
+    2068,
+    1711,
+    2085,
+    3434,
+    3998,
+    2065,
+    1977,
+    2350,
+    1861,
+    1977,
+    1668,
+    1587,
+    2127,
+    1974,
+    1936,
+    4401,
+    7423,
+    2238,
+    4808,
+    4291,
+    4636,
+    2419,
+    1898,
+    2256,
+    1888,
+    4387,
+    1797,
+    4114,
+    1856,
+    1789,
+    1678,
+    1652,
+    1833,
+    3355,
+    1695,
+    1890,
+    3215,
+    1751,
+    1975,
+    3144,
+    2186,
+    1882,
+    4176,
+    3545,
+    1921,
+    2052,
+    3948,
+    3179,
+    1627,
+    3024,
+    2233,
+    3362,
+    1786,
 )
 
 
@@ -100,10 +246,16 @@ def test_recorded_runs_that_took_turns_are_judged_right() -> None:
     assert verdict_of(ms(base), ms(unchanged), LIMIT) == "ok"
     assert verdict_of(ms(base), ms(slowed), LIMIT) == "SLOWER"
     assert verdict_of(ms(slowed), ms(base), LIMIT) == "faster"
+    assert verdict_of(ms(CROWDED), ms(CROWDED_SLOWED), LIMIT) == "SLOWER"
+    # Fewer runs do not tell in such a crowd, and then nothing is claimed.
+    assert verdict_of(ms(CROWDED[:20]), ms(CROWDED_SLOWED[:20]), LIMIT) == "noise"
+    halves = CROWDED[::2], CROWDED[1::2]
+    assert not is_alarm(*halves)
+    assert not is_alarm(*halves[::-1])
 
 
 @pytest.mark.parametrize(
-    ("num_runs", "bound"), [(3, 0.05), (5, 1 / 252), (7, 1 / 3432), (10, 0.0016)]
+    ("num_runs", "bound"), [(3, 0.05), (5, 1 / 252), (7, 1 / 3432), (10, 120 / 77520)]
 )
 def test_recorded_noise_alarms_as_seldom_as_the_rule_says(num_runs: int, bound: float) -> None:
     """Unchanged code under noise of three times the figure: sides of runs drawn from it."""
@@ -119,7 +271,8 @@ def test_recorded_noise_alarms_as_seldom_as_the_rule_says(num_runs: int, bound: 
 
 
 def test_two_runs_at_different_times_can_alarm_and_the_rate_is_known() -> None:
-    """What folders of runs are for: any two of the 20, hours apart or not, are no fair pair."""
+    """What folders of runs are for: the busy machine changed between the 20, which no two files
+    tell. About one pair in ten alarms."""
     pairs = list(itertools.permutations(BUSY, 2))
     share = sum(is_alarm(base, new) for base, new in pairs) / len(pairs)
     assert 0.05 < share < 0.20

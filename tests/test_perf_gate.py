@@ -36,10 +36,10 @@ SLOW_DOWN = 0.10
 # that some are undisturbed on any machine.
 STEPS_PER_SAMPLE = 2
 SAMPLES_PER_RUN = 10
-# A slow-down is found once the best seven runs of both sides lie this close: the floor is then known
-# to better than what the limit (5 %) leaves between an unchanged step and one 10 % slower.
-RESOLVED = 0.015
-LEAST_ROUNDS, MOST_SECONDS = 12, 40.0
+# A slow-down is surely found once the best seven runs of both sides lie this close: the floor is
+# then known to better than what the limit (5 %) leaves between a step and one 10 % slower.
+RESOLVED = 0.025
+LEAST_ROUNDS, MOST_SECONDS = 12, 60.0
 # That nothing is found needs no quiet: of seven runs each, one comparison in 3,432 alarms at most,
 # whatever the noise.
 UNCHANGED_ROUNDS = 7
