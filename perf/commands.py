@@ -90,8 +90,9 @@ def run_command(
             modes=list(dict.fromkeys(mode or ["async"])),
             say=say,
             peers=list(dict.fromkeys(peer or ())),
+            save=lambda part: _write_json(part, Path(output)),
         )
-        Path(output).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+        _write_json(result, Path(output))
         _console().print(_run_table(result))
         medians = {
             name: {
@@ -264,6 +265,13 @@ def _name(key: Key) -> str:
 def _console() -> Console:
     # In a log a table must not be cut to the 80 columns that rich takes a file to have.
     return Console(stderr=True) if sys.stderr.isatty() else Console(stderr=True, width=140)
+
+
+def _write_json(result: dict[str, Any], path: Path) -> None:
+    """Whole or not at all: a reader never finds half a file."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    part.replace(path)
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -43,12 +43,14 @@ def run(
     modes: list[str],
     say: Callable[[str], None],
     peers: Sequence[str] = (),
+    save: Callable[[Json], None] = lambda result: None,
 ) -> Json:
     """The result file's contents: see the README of the figures' meaning.
 
     model: a checkpoint instead of each workload's random-weight shape. Workloads of one shape and
     mode share an engine, and their repeats take turns, so that a drift of the machine falls on all
-    alike. Raises ConfigError for a workload or mode that does not exist."""
+    alike. `save` is called with what there is after each of these groups, since a run of minutes
+    may be cut short. Raises ConfigError for a workload or mode that does not exist."""
     _check_names("workload", names, WORKLOADS)
     _check_names("mode", modes, MODES)
     _check_names("peer", list(peers), dict.fromkeys(PEERS))
@@ -81,12 +83,14 @@ def run(
                     )
                     for name, measured in found.items():
                         result["workloads"].setdefault(name, {})[mode] = measured
+                    save(result)
             for workload in group:
                 if workload.kind == "startup":
                     say(f"{workload.name}: starting processes")
                     result["workloads"][workload.name] = {
                         "async": measure_startup(model, shape, Path(folder), repeats=repeats)
                     }
+                    save(result)
             for peer in peers:
                 try:
                     found = _run_peer(peer, group, resolve_model(path), scale, repeats, say)
@@ -96,6 +100,7 @@ def run(
                     say(f"error: {error}")
                     continue
                 result.setdefault("peers", {}).setdefault(peer, {}).update(found)
+                save(result)
     result["environment"]["gpu_after"] = gpu_state()
     return result
 

@@ -1,0 +1,53 @@
+"""What is left of a perf run that is cut short, or whose peer fails? All that was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import cli
+import perf.run
+from graphengine.errors import GraphEngineError
+
+RUN = ["perf", "run", "--model", "demo", "--scale", "0.004", "--repeats", "1", "--workload"]
+
+
+def invoke(output: Path, *more: str) -> int:
+    return CliRunner().invoke(cli.app, [*RUN, "latency", "--output", str(output), *more]).exit_code
+
+
+def test_run_that_is_cut_short_leaves_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(perf.run, "measure_peer", interrupted)
+    output = tmp_path / "result.json"
+    assert invoke(output, "--peer", "transformers") == 130
+    result = json.loads(output.read_text())
+    assert result["workloads"]["latency"]["async"]["figures"]["total_s"]["median"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_peer_that_fails_is_named_and_costs_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: object, **kwargs: object) -> None:
+        raise GraphEngineError("peer vllm failed: no module named vllm")
+
+    monkeypatch.setattr(perf.run, "measure_peer", failing)
+    output = tmp_path / "result.json"
+    assert invoke(output, "--peer", "vllm") == 0
+    result = json.loads(output.read_text())
+    assert result["peer_errors"] == {"vllm": "peer vllm failed: no module named vllm"}
+    assert "latency" in result["workloads"]
+
+
+def test_unknown_peer_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    assert invoke(output, "--peer", "sglang") == 2
+    assert not output.exists()
