@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections import deque
@@ -96,23 +97,37 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | SequenceOf[Prompt],
+        prompts: Prompt | Request | SequenceOf[Prompt | Request],
         sampling_params: SamplingParams | SequenceOf[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """Outputs in the order of the prompts. One SamplingParams serves all; a list gives each
         prompt its own. A refused prompt has an output that says why; the others go on."""
-        batch = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
-        requests: Iterable[Prompt | Request] = batch
+        batch: list[Prompt | Request]
+        if isinstance(prompts, (str, Mapping, Request)):
+            batch = [prompts]
+        else:
+            batch = list(prompts)
+        requests = batch
         default = None
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             default = sampling_params
+        elif not isinstance(sampling_params, (list, tuple)):
+            raise RequestError(
+                f"sampling_params is a {type(sampling_params).__name__}; give SamplingParams, or a "
+                "list with one for each prompt"
+            )
         elif len(sampling_params) != len(batch):
             raise RequestError(
                 f"{len(sampling_params)} sampling_params for {len(batch)} prompts; give one for "
                 "all or one each"
             )
         else:
-            requests = [Request(*pair) for pair in zip(batch, sampling_params, strict=True)]
+            requests = [
+                dataclasses.replace(
+                    item if isinstance(item, Request) else Request(item), sampling_params=params
+                )
+                for item, params in zip(batch, sampling_params, strict=True)
+            ]
         return sorted(self.stream(requests, default), key=lambda output: output.index)
 
     def stream(
@@ -130,7 +145,7 @@ class LLM:
             raise RuntimeError("this LLM is closed; make a new one")
         if self._is_streaming:
             raise RuntimeError("this LLM is streaming already; finish or close that stream first")
-        if isinstance(requests, (str, Mapping)):
+        if isinstance(requests, (str, Mapping, Request)):
             requests = [requests]  # one prompt, not its letters or keys
         self._is_streaming = True
         feeder: Feeder | None = None

@@ -52,6 +52,10 @@ class Intake:
             request_id = str(index) if request.request_id is None else request.request_id
             params = request.sampling_params or default
             try:
+                if not isinstance(params, SamplingParams):
+                    raise RequestError(
+                        f"sampling_params is {brief(params)}; give SamplingParams or None"
+                    )
                 yield self._sequence(index, request_id, request.prompt, params)
             except RequestError as error:
                 prompt = request.prompt if isinstance(request.prompt, str) else None

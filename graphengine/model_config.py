@@ -157,6 +157,12 @@ def _from_transformers(hf: Any, *, architecture: str, dtype: str, file: Path) ->
         )
     if head_dim % 2:
         raise ModelError(f"{file} has head_dim {head_dim}; RoPE needs an even one")
+    eos_token_ids = _eos_token_ids(hf.eos_token_id, file)
+    if eos_token_ids and max(eos_token_ids) >= sizes["vocab_size"]:
+        raise ModelError(
+            f"{file} or generation_config.json has eos_token_id {max(eos_token_ids)}; the "
+            f"vocabulary is 0..{sizes['vocab_size'] - 1}"
+        )
     attention_bias = bool(getattr(hf, "attention_bias", False)) and family != "Mistral"
     return ModelConfig(
         architecture=architecture,
@@ -178,7 +184,7 @@ def _from_transformers(hf: Any, *, architecture: str, dtype: str, file: Path) ->
         tie_word_embeddings=bool(hf.tie_word_embeddings),
         max_position_embeddings=sizes["max_position_embeddings"],
         dtype=dtype,
-        eos_token_ids=_eos_token_ids(hf.eos_token_id, file),
+        eos_token_ids=eos_token_ids,
         bos_token_id=hf.bos_token_id,
     )
 

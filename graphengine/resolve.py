@@ -78,16 +78,17 @@ def as_on_cuda(resolved: Resolved) -> Resolved:
     """What a machine without a GPU resolved, as one with a GPU would have: for plans only, since
     the attention backend stays what it is."""
     config = resolved.config
-    is_auto = config.attention == "auto"
+    is_flash = config.attention == "auto"
     device = torch.device("cuda", 0)
-    attention = FlashAttention.name if is_auto else resolved.attention.name
-    block_size = FlashAttention.default_block_size if is_auto else resolved.block_size
-    return dataclasses.replace(
-        resolved,
-        device=device,
-        dtype=_dtype(config.dtype, resolved.model_config, device, attention),
-        block_size=config.block_size or block_size,
-    )
+    attention = FlashAttention.name if is_flash else resolved.attention.name
+    dtype = _dtype(config.dtype, resolved.model_config, device, attention)
+    block_size = resolved.block_size
+    if is_flash:
+        block_size = config.block_size or FlashAttention.default_block_size
+        FlashAttention.check_shapes(
+            block_size=block_size, head_dim=resolved.model_config.head_dim, dtype=dtype
+        )
+    return dataclasses.replace(resolved, device=device, dtype=dtype, block_size=block_size)
 
 
 def _device(name: str) -> torch.device:

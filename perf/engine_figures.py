@@ -1,10 +1,10 @@
-"""What does the whole engine reach? Step times, busy share, host time, capture and start-up.
+"""Do async, synchronous and eager mode agree, and what do they reach? Also capture and start-up.
 
 Each part prints one JSON line; `--output FILE` keeps them with the machine and versions. Random
-weights of real shapes, fixed lengths, greedy, EOS ignored. On the CPU `--shape tiny` runs all parts
-but capture, so that the script itself can be tested without a GPU.
+weights of real shapes, fixed lengths, greedy, EOS ignored. `graphengine perf run` measures more;
+this one compares the tokens of the modes. On the CPU `--shape tiny --new 16` runs all parts.
 
-    python -m perf.engine_figures --output FILE.json decode-8b decode-0.6b host capture startup
+    python -m perf.engine_figures --output FILE.json decode-8b decode-0.6b host ladder-8b startup
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from perf.checkpoint import write_checkpoint
 from perf.shapes import SHAPES, write_shape
 
 Figures = dict[str, Any]
@@ -139,57 +140,11 @@ def decode(
     return figures
 
 
-def mixed(shape: str, folder: Path, *, num: int, max_len: int, repeats: int) -> Figures:
-    """Output tokens per second of `num` requests whose prompt and output lengths are uniform in
-    100..max_len, at high memory use: nano-vllm's published load at 256 and 1024."""
-    from graphengine import LLM, Request, SamplingParams
-
-    # Draws in the order of that benchmark, so that its lengths come out: 133,966 output tokens.
-    draw = random.Random(0)
-    low, max_id = min(100, max_len), min(10000, SHAPES[shape]["vocab_size"] - 1)
-    token_lists = [
-        [draw.randint(0, max_id) for _ in range(draw.randint(low, max_len))] for _ in range(num)
-    ]
-    requests = [
-        Request(
-            {"prompt_token_ids": token_ids},
-            SamplingParams(temperature=0.0, max_tokens=draw.randint(low, max_len), ignore_eos=True),
-        )
-        for token_ids in token_lists
-    ]
-    llm = LLM(
-        str(write_shape(shape, folder)),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        max_num_seqs=256,
-        max_model_len=math.ceil(2 * max_len / 256) * 256,
-        gpu_memory_utilization=0.95,
-    )
-    runs = []
-    for _ in range(repeats + 1):  # the first warms up
-        outputs = list(llm.stream(requests))
-        assert all(not output.error for output in outputs)
-        stats = llm.stats()
-        runs.append(
-            {
-                "output_tokens": stats.output_tokens,
-                "out_tok_per_s": round(stats.output_tokens / stats.elapsed_s),
-                "busy": stats.gpu_busy,
-                "num_steps": [stats.num_prefill_steps, stats.num_decode_steps],
-                "device_ms": [stats.prefill_ms, stats.decode_ms],
-                "host_ms": {k: round(v, 4) for k, v in stats.host_ms.items()},
-            }
-        )
-    llm.close()
-    return {"part": "mixed", "shape": shape, "num": num, "max_len": max_len, "runs": runs[1:]}
-
-
 def startup(shape: str, folder: Path) -> Figures:
     """Seconds from process start to the first decode step's token, by phase, of a checkpoint on
     disk that is in the page cache. The second of two runs counts: the first one fills caches."""
-    path = folder / f"{shape}-checkpoint"
     start = time.perf_counter()
-    _write_checkpoint(shape, path)
+    path = write_checkpoint(shape, folder)
     written_s = time.perf_counter() - start
     runs = []
     for _ in range(2):
@@ -222,35 +177,6 @@ def _startup_child(path: Path) -> None:
     times["max_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(times | {"phases": phases}))
     llm.close()
-
-
-def _write_checkpoint(shape: str, path: Path) -> None:
-    """A real sharded checkpoint with random weights, written shard by shard."""
-    import torch
-    from safetensors.torch import save_file
-
-    from graphengine.model_config import load_model_config
-    from graphengine.weights import stored_shapes
-
-    write_shape(shape, path.parent)
-    path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(json.dumps(SHAPES[shape]))
-    shapes = stored_shapes(load_model_config(path))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    weight_map: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    names = list(shapes)
-    for position, name in enumerate(names):
-        shard[name] = (0.02 * torch.randn(shapes[name], device=device)).bfloat16().cpu()
-        size = sum(tensor.nbytes for tensor in shard.values())
-        if size > 4 << 30 or position == len(names) - 1:
-            file = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-            save_file(shard, path / file)
-            weight_map |= dict.fromkeys(shard, file)
-            shard = {}
-    index = {"metadata": {}, "weight_map": weight_map}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def main() -> None:
@@ -286,13 +212,6 @@ def main() -> None:
             "decode-0.6b": loads("qwen3-0.6b", 32, 128, 1024),
             "host": loads("qwen3-0.6b", 256, 256, 512),
             "ladder-8b": loads("llama-8b", 256, 256, 64),
-            "mixed-0.6b": lambda: mixed(
-                args.shape or "qwen3-0.6b",
-                folder,
-                num=256,
-                max_len=args.new or 1024,
-                repeats=args.repeats,
-            ),
             "startup": lambda: startup(args.shape or "llama-8b", folder),
         }
         unknown = set(args.parts) - set(parts)

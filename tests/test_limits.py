@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from graphengine import LLM, EngineConfig, SamplingParams
+from graphengine import LLM, EngineConfig, Request, SamplingParams
 from graphengine.demo.sums import answer, prompt
-from graphengine.errors import CapacityError, ModelError
+from graphengine.errors import CapacityError, ConfigError, ModelError, RequestError
 from graphengine.hub import resolve_model
 from graphengine.plan import plan
 
@@ -104,3 +104,30 @@ def test_weights_are_downloaded_only_to_be_loaded(
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     fetch()
     assert ("*.safetensors" in asked) is has_weights
+
+
+def test_eos_outside_the_vocabulary_is_the_models_fault(tmp_path: Path) -> None:
+    path = demo_copy(tmp_path / "model", eos_token_id=99)
+    with pytest.raises(ModelError, match=r"eos_token_id 99; the vocabulary is 0\.\.15"):
+        LLM(str(path))
+
+
+def test_planned_flash_attention_must_be_possible() -> None:
+    for options in ({"block_size": 16}, {"dtype": "float32"}):
+        with pytest.raises(ConfigError, match="flash"):
+            plan(EngineConfig("demo", **options), gpu_memory_bytes=80 << 30)
+    assert plan(EngineConfig("demo"), gpu_memory_bytes=80 << 30).block_size == 256
+
+
+def test_requests_and_lists_of_parameters_go_together() -> None:
+    with LLM("demo", max_num_seqs=2) as llm:
+        (alone,) = llm.generate(Request(prompt(1, 2), GREEDY, "mine"))
+        assert (alone.request_id, alone.outputs[0].text) == ("mine", "3")
+        pair = llm.generate([Request(prompt(3, 4)), prompt(5, 6)], [GREEDY, GREEDY])
+        assert [output.outputs[0].text for output in pair] == ["7", "11"]
+        for wrong in ({"temperature": 0}, "greedy"):
+            with pytest.raises(RequestError, match="sampling_params"):
+                llm.generate(["1+1="], wrong)  # type: ignore[arg-type]
+        refused, served = llm.stream([Request("1+1=", {"top_k": 1}), Request("2+2=", GREEDY)])  # type: ignore[arg-type]
+        assert "sampling_params" in refused.error
+        assert served.outputs[0].text == "4"

@@ -51,6 +51,11 @@ class FlashAttention:
                 f'attention "flash" needs compute capability 8.0, this GPU has '
                 f'{capability[0]}.{capability[1]}; choose attention "reference"'
             )
+        self.check_shapes(block_size=block_size, head_dim=head_dim, dtype=dtype)
+
+    @staticmethod
+    def check_shapes(*, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+        """The part of `check` that needs no GPU."""
         if block_size % _BLOCK_MULTIPLE:
             raise ConfigError(
                 f'block_size is {block_size}; attention "flash" needs a multiple of '
