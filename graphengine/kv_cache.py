@@ -11,11 +11,6 @@ from torch import Tensor
 from graphengine.model_config import ModelConfig
 
 
-def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes one block of `block_size` tokens takes in all layers, keys and values."""
-    return config.kv_bytes_per_token(dtype.itemsize) * block_size
-
-
 class KVCache:
     """`k[layer]` and `v[layer]`: [num_blocks, block_size, K, D] in `dtype`.
 

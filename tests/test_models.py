@@ -28,7 +28,7 @@ from graphengine.attention import (
 )
 from graphengine.attention.reference import ReferenceAttention
 from graphengine.kernels import kernels_for
-from graphengine.kv_cache import KVCache, bytes_per_block
+from graphengine.kv_cache import KVCache
 from graphengine.layers import rope_table
 from graphengine.model import DecoderModel
 from graphengine.model_config import ModelConfig, load_model_config
@@ -299,7 +299,7 @@ def test_kv_cache_takes_the_bytes_it_says_and_zeroes_the_null_block(tmp_path: Pa
     hf_config("qwen3", architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path)
     config = load_model_config(tmp_path)
     kv = KVCache(config, 5, block_size=BLOCK_SIZE, dtype=torch.bfloat16, device=CPU)
-    per_block = bytes_per_block(config, BLOCK_SIZE, torch.bfloat16)
+    per_block = BLOCK_SIZE * config.kv_bytes_per_token(torch.bfloat16.itemsize)
     assert per_block == 2 * 3 * BLOCK_SIZE * 2 * 32 * 2  # k and v, layers, tokens, heads, D, bytes
     assert kv.num_bytes == 5 * per_block == sum(t.nbytes for t in (*kv.k, *kv.v))
     assert all(t.shape == (5, BLOCK_SIZE, 2, 32) for t in (*kv.k, *kv.v))
