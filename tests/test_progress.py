@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from graphengine import progress
+from graphengine.metrics import Gap
 from graphengine.progress import Progress, Rate, status_line, summary
 
 
@@ -31,6 +32,8 @@ def stats(**changes: Any) -> Any:
         "decode_ms": 4.7512,
         "longest_gap_ms": 0.5,
         "gpu_busy": None,
+        "idle_host_ms": {},
+        "longest_gaps": (),
     }
     return SimpleNamespace(**(values | changes))
 
@@ -51,6 +54,16 @@ def test_summary_names_failures_preemptions_and_gpu_share_only_if_there_are_any(
     assert full.endswith(", GPU busy 99.4%, longest gap 0.50 ms, 3 preemptions")
     nothing = stats(elapsed_s=0.0, output_tokens=0, num_prefill_steps=0, num_decode_steps=0)
     assert summary(nothing).endswith("in 0.00 s, 0 output tok/s")
+
+
+def test_summary_says_what_the_host_did_while_the_gpu_idled() -> None:
+    gaps = (Gap(0.219, 2.3, {"wait": 0.1, "prefill": 1.3, "commit": 0.2, "schedule": 0.6}),)
+    idle = {"commit": 2.1, "prefill": 16.0}
+    text = summary(stats(gpu_busy=0.994, idle_host_ms=idle, longest_gaps=gaps))
+    assert text.splitlines()[2] == (
+        "GPU idle while the host was in prefill 16.00 ms, commit 2.10 ms; longest gap at 0.22 s: "
+        "prefill 1.30 ms, schedule 0.60 ms, commit 0.20 ms"
+    )
 
 
 def test_rate_is_of_the_last_seconds() -> None:
