@@ -62,6 +62,13 @@ def run_command(
             help="Another engine on the same requests; may be repeated.",
         ),
     ] = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write what ran when beside FILE, for Perfetto; one trace a shape and mode.",
+        ),
+    ] = None,
 ) -> None:
     """Run fixed, seeded workloads in repeats that take turns.
 
@@ -77,6 +84,8 @@ def run_command(
             raise ConfigError("--output is -, where the summary goes; give a file")
         # Hours may pass before it is written.
         check_output_path(output, None)
+        if trace is not None:
+            check_output_path(trace, None)
         # As `generate` does, before torch is imported.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -91,6 +100,7 @@ def run_command(
             say=say,
             peers=list(dict.fromkeys(peer or ())),
             save=lambda part: _write_json(part, Path(output)),
+            trace=None if trace is None else Path(trace),
         )
         _write_json(result, Path(output))
         _console().print(_run_table(result))

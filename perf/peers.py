@@ -7,9 +7,11 @@ transformers alone, synchronously, to exercise this file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,10 +49,23 @@ def measure_peer(
     with tempfile.TemporaryDirectory() as folder:
         file, answer = Path(folder) / "job.json", Path(folder) / "answer.json"
         file.write_text(json.dumps(job))
-        command = [sys.executable, "-m", "perf.peers", str(file), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode or not answer.is_file():
-            words = " ".join((done.stderr.strip() or done.stdout.strip())[-400:].split())
+        log = Path(folder) / "log.txt"
+        with log.open("wb") as output:
+            # Not pipes: the processes a peer leaves behind would hold them open for ever.
+            process = subprocess.Popen(
+                [sys.executable, "-m", "perf.peers", str(file), str(answer)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                process.wait()
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if process.returncode or not answer.is_file():
+            words = " ".join(log.read_text("utf-8", "replace")[-1000:].split())
             raise GraphEngineError(f"peer {peer} failed: {words}")
         seconds: Json = json.loads(answer.read_text())
     found = {}

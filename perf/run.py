@@ -44,13 +44,15 @@ def run(
     say: Callable[[str], None],
     peers: Sequence[str] = (),
     save: Callable[[Json], None] = lambda result: None,
+    trace: Path | None = None,
 ) -> Json:
     """The result file's contents: see the README of the figures' meaning.
 
     model: a checkpoint instead of each workload's random-weight shape. Workloads of one shape and
     mode share an engine, and their repeats take turns, so that a drift of the machine falls on all
     alike. `save` is called with what there is after each of these groups, since a run of minutes
-    may be cut short. Raises ConfigError for a workload or mode that does not exist."""
+    may be cut short. Each of these engines writes a trace beside `trace`, its shape and mode in the
+    name. Raises ConfigError for a workload or mode that does not exist."""
     _check_names("workload", names, WORKLOADS)
     _check_names("mode", modes, MODES)
     _check_names("peer", list(peers), dict.fromkeys(PEERS))
@@ -71,10 +73,16 @@ def run(
                 engine_group = [workload for workload in group if workload.kind != "startup"]
                 if engine_group:
                     say(f"{shape if model is None else model}, {mode}: making the engine")
+                    options: Json = dict(MODES[mode])
+                    if model is None:
+                        options["load_format"] = "dummy"
+                    if trace is not None:
+                        options["trace"] = str(trace_path(trace, shape, mode))
+                        say(f"trace: {options['trace']}")
                     found = _run_group(
                         engine_group,
                         path,
-                        model is None,
+                        options,
                         mode,
                         scale,
                         repeats,
@@ -105,6 +113,11 @@ def run(
     return result
 
 
+def trace_path(trace: Path, shape: str, mode: str) -> Path:
+    """Where the engine of that shape and mode writes: t.json -> t.llama-8b-async.json."""
+    return trace.with_name(f"{trace.stem}.{shape}-{mode}{trace.suffix}")
+
+
 def _check_names(kind: str, names: list[str], known: Mapping[str, object]) -> None:
     for name in names:
         if name not in known:
@@ -114,16 +127,13 @@ def _check_names(kind: str, names: list[str], known: Mapping[str, object]) -> No
 def _run_group(
     workloads: list[Workload],
     path: str,
-    is_shape: bool,
+    options: Json,
     mode: str,
     scale: float,
     repeats: int,
     say: Callable[[str], None],
     bandwidth: float,
 ) -> dict[str, Json]:
-    options: Json = dict(MODES[mode])
-    if is_shape:
-        options |= {"load_format": "dummy"}
     llm = make_llm(path, max(w.max_len(scale) for w in workloads), workloads, scale, options)
     try:
         measured: dict[str, list[Values]] = {workload.name: [] for workload in workloads}
@@ -152,6 +162,8 @@ def _run_group(
         llm.close()
         del llm
         gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # a peer takes its share of the memory in another process
 
 
 def _run_peer(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 import cli
+import perf.peers
 import perf.run
 from graphengine.errors import GraphEngineError
 
@@ -51,3 +53,32 @@ def test_unknown_peer_is_refused_before_anything_runs(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
     assert invoke(output, "--peer", "sglang") == 2
     assert not output.exists()
+
+
+def test_every_mode_writes_a_trace_of_its_own(tmp_path: Path) -> None:
+    trace = tmp_path / "t.json"
+    more = ["--mode", "async", "--mode", "sync", "--trace", str(trace)]
+    assert invoke(tmp_path / "result.json", *more) == 0
+    for mode in ("async", "sync"):
+        events = json.loads((tmp_path / f"t.qwen3-0.6b-{mode}.json").read_text())["traceEvents"]
+        assert {"schedule", "prefill"} <= {event["name"] for event in events}
+
+
+def test_peer_that_leaves_processes_behind_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's engine process outlives the one that was started, and held its pipes open."""
+    fake = tmp_path / "python"
+    left = tmp_path / "left"
+    fake.write_text(
+        f"#!/bin/sh\nsleep 300 & echo $! > {left}\n"
+        'echo \'{"seconds": {"latency": [2.0]}, "version": "1"}\' > "$4"\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setattr(perf.peers.sys, "executable", str(fake))
+    start_s = time.monotonic()
+    found = perf.peers.measure_peer("vllm", tmp_path, {"latency": [(4, 8)]}, 100, repeats=1)
+    assert time.monotonic() - start_s < 60
+    assert found["latency"]["figures"]["out_tok_per_s"]["median"] == 4.0
+    state = Path(f"/proc/{left.read_text().strip()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
