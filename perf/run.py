@@ -99,6 +99,7 @@ def run(
                         "async": measure_startup(model, shape, Path(folder), repeats=repeats)
                     }
                     save(result)
+            _bound_eager_busy(result["workloads"])
             for peer in peers:
                 try:
                     found = _run_peer(peer, group, resolve_model(path), scale, repeats, say)
@@ -111,6 +112,28 @@ def run(
                 save(result)
     result["environment"]["gpu_after"] = gpu_state()
     return result
+
+
+def _bound_eager_busy(workloads: Json) -> None:
+    """Adds to each eager run what its GPU can have been busy at most. Its own events count the gaps
+    between a step's kernels as busy; the same kernels as graphs had no gap that the host made."""
+    for modes in workloads.values():
+        eager = modes.get("eager")
+        replayed = modes.get("async") or modes.get("sync")
+        if eager is None or replayed is None or "gpu_busy" not in eager["figures"]:
+            continue
+        figures = replayed["figures"]
+        busy_s = figures["gpu_busy"]["median"] * figures["total_s"]["median"]
+        eager["figures"] |= merge(
+            [
+                {"gpu_busy_at_most": (min(own, busy_s / total_s), "of 1", "higher")}
+                for own, total_s in zip(
+                    eager["figures"]["gpu_busy"]["samples"],
+                    eager["figures"]["total_s"]["samples"],
+                    strict=True,
+                )
+            ]
+        )
 
 
 def trace_path(trace: Path, shape: str, mode: str) -> Path:

@@ -13,6 +13,7 @@ import cli
 import perf.peers
 import perf.run
 from graphengine.errors import GraphEngineError
+from perf.figures import merge
 
 RUN = ["perf", "run", "--model", "demo", "--scale", "0.004", "--repeats", "1", "--workload"]
 
@@ -82,3 +83,14 @@ def test_peer_that_leaves_processes_behind_is_not_waited_for(
     assert found["latency"]["figures"]["out_tok_per_s"]["median"] == 4.0
     state = Path(f"/proc/{left.read_text().strip()}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_eager_cannot_have_been_busier_than_its_kernels_take_as_graphs() -> None:
+    def measured(total_s: float, busy: float) -> dict[str, dict[str, object]]:
+        values = {"total_s": (total_s, "s", "lower"), "gpu_busy": (busy, "of 1", "higher")}
+        return {"figures": merge([values])}
+
+    modes = {"async": measured(10.0, 0.98), "eager": measured(20.0, 0.95)}
+    perf.run._bound_eager_busy({"w": modes, "eager-alone": {"eager": measured(5.0, 0.9)}})
+    assert modes["eager"]["figures"]["gpu_busy_at_most"]["median"] == pytest.approx(0.49)
+    assert "gpu_busy_at_most" not in modes["async"]["figures"]
