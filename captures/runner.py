@@ -110,8 +110,9 @@ class StepPipeline:
         bucket = self.ladder.pick(num_rows)
         bank = self._banks.open()
         inputs, _ = self._views(bank, bucket)
-        for field in self._fields:
-            inputs[field.name][num_rows:] = field.pad
+        if num_rows < bucket:
+            for field in self._fields:
+                inputs[field.name][num_rows:] = field.pad
         return Step(bank, num_rows, bucket, inputs)
 
     def launch(self, step: Step, execute: Callable[[int], None]) -> None:

@@ -47,6 +47,11 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def _build_runner(resolved: Resolved, laps: Laps) -> tuple[StepClock, ModelRunner, int]:
+    if resolved.device.type == "cuda":
+        torch.cuda.synchronize(resolved.device)  # makes the context, unless there is one
+    laps.end("device")
+    kernels_for(resolved.device)
+    laps.end("imports")  # of Triton
     # Where nothing has to be measured, too little memory is known before the weights are read.
     num_blocks = _num_blocks_if_known(resolved)
     if num_blocks is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import math
 import time
 from collections import deque
@@ -10,18 +12,16 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-import torch
-
-from captures import COMPUTE, CaptureReport
 from graphengine.block_manager import BlockManager
-from graphengine.build import build_runner, make_table
 from graphengine.config import EngineConfig, engine_config
+from graphengine.cuda_context import EarlyContext
 from graphengine.errors import RequestError
 from graphengine.hub import resolve_model
 from graphengine.intake import Feeder, Intake, Prompt
 from graphengine.metrics import EngineStats, Lap, Laps, RunCounters
-from graphengine.model_runner import Launched
+from graphengine.model_config import load_model_config
 from graphengine.request import (
     CompletionOutput,
     FinishReason,
@@ -30,10 +30,17 @@ from graphengine.request import (
     SamplingParams,
     Sequence,
 )
-from graphengine.resolve import Resolved, resolve
 from graphengine.scheduler import DecodeBatch, Scheduler
+from graphengine.sequence_table import SequenceTable
 from graphengine.tokenizer import StopStrings, Tokenizer
 from graphengine.trace import TraceFile
+
+# What needs torch is imported where an engine is made: that takes seconds, in which the context of
+# the GPU comes up, and a bad config.json is told before.
+if TYPE_CHECKING:
+    from captures import CaptureReport
+    from graphengine.model_runner import Launched
+    from graphengine.resolve import Resolved
 
 # How long an idle engine waits for more requests before it starts with those it has.
 _GATHER_S = 0.01
@@ -52,13 +59,23 @@ class LLM:
         if config.trace is not None:
             self._trace = TraceFile(Path(config.trace), start_s=time.perf_counter())
         laps = self._make_laps()
-        resolved = resolve(config)
-        self._resolved = resolved
+        model_path = resolve_model(config.model, with_weights=config.load_format != "dummy")
+        self.model_config = load_model_config(model_path)
         laps.end("config")
-        self.model_config = resolved.model_config
-        self.tokenizer = _make_tokenizer(resolved)
-        laps.end("tokenizer")
-        self._clock, self._runner, self.num_blocks = build_runner(resolved, laps)
+        context = None if config.device == "cpu" else EarlyContext()
+        try:
+            from graphengine.build import build_runner
+            from graphengine.resolve import resolve
+
+            laps.end("imports")
+            resolved = resolve(config, model_path, self.model_config, laps=laps)
+            self._resolved = resolved
+            self.tokenizer = _make_tokenizer(resolved)
+            laps.end("tokenizer")
+            self._clock, self._runner, self.num_blocks = build_runner(resolved, laps)
+        finally:
+            if context is not None:
+                context.release()
         self.startup_s = laps.seconds
         # What capturing the graphs cost; None in eager mode.
         self.capture_report: CaptureReport | None = self._runner.capture_report
@@ -153,7 +170,8 @@ class LLM:
             self._start_run()
             sequences = self._intake.sequences(requests, sampling_params or SamplingParams())
             feeder = Feeder(sequences, depth=self.config.max_num_seqs)
-            yield from self._loop(feeder, is_patient=isinstance(requests, Sized))
+            with _frozen_garbage():
+                yield from self._loop(feeder, is_patient=isinstance(requests, Sized))
         finally:
             self._is_streaming = False
             if feeder is not None:
@@ -203,6 +221,8 @@ class LLM:
         self._runner.close()
         del self._runner
         if self._resolved.device.type == "cuda":
+            import torch
+
             # One cuBLAS workspace a stream, which torch would keep for a stream nobody uses again.
             torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
@@ -222,8 +242,8 @@ class LLM:
 
     def _start_run(self) -> None:
         """Fresh host state. Whatever an earlier stream left half done cannot reach this one."""
-        self._table = make_table(self._resolved)
-        self._blocks = BlockManager(self.num_blocks, self._resolved.block_size)
+        self._table = SequenceTable(self.config.max_num_seqs, self.max_model_len, self.block_size)
+        self._blocks = BlockManager(self.num_blocks, self.block_size)
         self._scheduler = Scheduler(
             self._table,
             self._blocks,
@@ -295,6 +315,8 @@ class LLM:
 
     def _take_spans(self) -> None:
         """Accounts for what the device has finished."""
+        from captures import COMPUTE
+
         counters = self._counters
         for span in self._clock.collect():
             if span.stream == COMPUTE:
@@ -380,6 +402,21 @@ class LLM:
         return self.tokenizer.decode(
             token_ids, skip_special_tokens=sequence.params.skip_special_tokens
         )
+
+
+@contextlib.contextmanager
+def _frozen_garbage() -> Iterator[None]:
+    """Takes what exists out of the garbage collector's sight, torch's modules above all: walking it
+    stops the loop for 50 ms and more, again and again. What is made inside is collected as ever.
+    A program that froze objects of its own is left alone, since they would be thawed too."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _make_tokenizer(resolved: Resolved) -> Tokenizer | None:

@@ -1,4 +1,4 @@
-"""What does one decoder layer compute? Nine kernels over fused weights; and the RoPE table.
+"""What does one decoder layer compute? Eight kernels over fused weights; and the RoPE table.
 
 Letters: N tokens, E hidden, H query heads, K kv heads, D head dim, I intermediate, P positions.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphengine.attention.base import AttentionBackend, DecodeMetadata, PrefillMetadata
@@ -68,7 +67,8 @@ class DecoderLayer(nn.Module):
         v_cache: Tensor,
         metadata: DecodeMetadata | PrefillMetadata,
     ) -> Tensor:
-        """What this layer's MLP adds to the residual stream, [N, E], left for the next norm to add.
+        """What this layer's MLP adds to the residual stream, [N, E] or partial sums of it,
+        [S, N, E], left for the next norm to add.
 
         added: the same of the layer before, None in the first. residual: [N, E], gets `added` and
         attention's output in place."""
@@ -77,7 +77,7 @@ class DecoderLayer(nn.Module):
             normed = kernels.rms_norm(residual, self.input_norm, self._eps)
         else:
             normed = kernels.add_rms_norm(added, residual, self.input_norm, self._eps)
-        qkv = F.linear(normed, self.qkv_proj, self.qkv_bias)
+        qkv = kernels.linear(normed, self.qkv_proj, self.qkv_bias)
         q, k, v = kernels.rope_and_cache(
             qkv,
             positions,
@@ -97,10 +97,10 @@ class DecoderLayer(nn.Module):
             attended = self._attention.prefill(
                 q, k, v, k_cache, v_cache, metadata, window=self._window
             )
-        hidden = F.linear(attended.flatten(1), self.o_proj, self.o_bias)
+        hidden = kernels.linear(attended.flatten(1), self.o_proj, self.o_bias)
         normed = kernels.add_rms_norm(hidden, residual, self.post_norm, self._eps)
-        gate_up = F.linear(normed, self.gate_up_proj, self.gate_up_bias)
-        return F.linear(kernels.silu_mul(gate_up), self.down_proj, self.down_bias)
+        activated = kernels.linear_silu_mul(normed, self.gate_up_proj, self.gate_up_bias)
+        return kernels.linear(activated, self.down_proj, self.down_bias)
 
 
 def empty_parameter(

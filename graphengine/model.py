@@ -77,4 +77,4 @@ class DecoderModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, E] -> [n, V] in the model's dtype."""
-        return F.linear(hidden, self.lm_head)
+        return self._kernels.linear(hidden, self.lm_head, None, whole=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,56 @@ from typing import Any
 
 from graphengine.errors import ModelError
 
-# Architecture -> transformers' config class, which knows the family's defaults and old spellings.
-# The class is named here, never looked up through config.json: `auto_map` code is not run.
-_CONFIG_CLASSES = {
-    "LlamaForCausalLM": "LlamaConfig",
-    "MistralForCausalLM": "MistralConfig",
-    "Qwen2ForCausalLM": "Qwen2Config",
-    "Qwen3ForCausalLM": "Qwen3Config",
+# What a config.json may leave out, and what it then means: the defaults of transformers' classes
+# (models/*/configuration_*.py). None: follows from other keys, or there is none. transformers is
+# not asked itself, since importing it takes longer than loading the weights of an 8B.
+_COMMON: Mapping[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_QWEN: Mapping[str, Any] = {
+    **_COMMON,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "LlamaForCausalLM": {
+        **_COMMON,
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "MistralForCausalLM": {
+        **_COMMON,
+        "vocab_size": 32000,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "Qwen2ForCausalLM": _QWEN,
+    "Qwen3ForCausalLM": {**_QWEN, "head_dim": 128, "attention_bias": False},
 }
 _MAX_LAYERS = 4096
 _ROPE_TYPES = ("default", "linear", "llama3")
@@ -104,103 +148,125 @@ def load_model_config(path: Path) -> ModelConfig:
             f"no config.json in {str(path)!r}; give the directory of a Hugging Face checkpoint"
         )
     architecture = _architecture(raw, file)
-    dtype = _dtype(raw, file)  # before transformers, which stumbles over a wrong one
     for key in ("quantization_config", "compression_config", "per_layer_config"):
         if raw.get(key):
             raise ModelError(
                 f"{file} has a {key}, which is not supported; "
                 "give a plain checkpoint in bfloat16, float16 or float32"
             )
+    values = {**_DEFAULTS[architecture], **raw}
+    return _model_config(architecture, values, file)
 
-    num_layers = raw.get("num_hidden_layers")
-    if isinstance(num_layers, int) and num_layers > _MAX_LAYERS:
-        # Before transformers makes a list of so many.
+
+def _model_config(architecture: str, values: Mapping[str, Any], file: Path) -> ModelConfig:
+    """values: config.json with what it leaves out filled in."""
+    family = architecture.removesuffix("ForCausalLM")
+    if values["hidden_act"] not in _ACTIVATIONS:
+        raise ModelError(
+            f"{file} has hidden_act {values['hidden_act']!r}; only 'silu' is supported"
+        )
+    sizes = {
+        name: _checked_int(name, values[name], file, least=1)
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        )
+    }
+    num_layers, num_heads = sizes["num_hidden_layers"], sizes["num_attention_heads"]
+    if num_layers > _MAX_LAYERS:
         raise ModelError(
             f"{file} has num_hidden_layers {num_layers}; at most {_MAX_LAYERS} are supported"
         )
-
-    import transformers  # here and not above: it imports torch, which takes seconds
-
-    try:
-        hf = getattr(transformers, _CONFIG_CLASSES[architecture]).from_dict(dict(raw))
-    except Exception as error:  # whatever the family's own validation raises
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{file} is refused by {architecture}: {reason}; correct it") from error
-
-    return _from_transformers(hf, architecture=architecture, dtype=dtype, file=file)
-
-
-def _from_transformers(hf: Any, *, architecture: str, dtype: str, file: Path) -> ModelConfig:
-    family = architecture.removesuffix("ForCausalLM")
-    if hf.hidden_act not in _ACTIVATIONS:
-        raise ModelError(f"{file} has hidden_act {hf.hidden_act!r}; only 'silu' is supported")
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "max_position_embeddings",
-    )
-    sizes = {name: _checked_size(name, getattr(hf, name), file) for name in names}
-    head_dim = _checked_size(
-        "head_dim",
-        getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-        file,
-    )
-    num_heads, num_kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    num_kv_heads = num_heads
+    if values["num_key_value_heads"] is not None:
+        num_kv_heads = _checked_int(
+            "num_key_value_heads", values["num_key_value_heads"], file, least=1
+        )
     if num_heads % num_kv_heads:
         raise ModelError(
             f"{file} has {num_heads} attention heads and {num_kv_heads} key/value heads; "
             "the first must be a multiple of the second"
         )
+    if family == "Llama" and sizes["hidden_size"] % num_heads:
+        raise ModelError(
+            f"{file} has hidden_size {sizes['hidden_size']} and {num_heads} attention heads; the "
+            "first must be a multiple of the second"
+        )
+    head_dim = values["head_dim"]
+    if head_dim is None and family != "Qwen3":  # whose own never follows from other keys
+        head_dim = sizes["hidden_size"] // num_heads
+    head_dim = _checked_int("head_dim", head_dim, file, least=1)
     if head_dim % 2:
         raise ModelError(f"{file} has head_dim {head_dim}; RoPE needs an even one")
-    eos_token_ids = _eos_token_ids(hf.eos_token_id, file)
+    rms_norm_eps = values["rms_norm_eps"]
+    if not isinstance(rms_norm_eps, float) or not 0.0 <= rms_norm_eps < math.inf:
+        raise ModelError(f"{file} has rms_norm_eps {rms_norm_eps!r}; give a small number like 1e-6")
+    bos_token_id = values["bos_token_id"]
+    if bos_token_id is not None and not _is_int(bos_token_id):
+        raise ModelError(f"{file} has bos_token_id {bos_token_id!r}; give a token id or null")
+    eos_token_ids = _eos_token_ids(values["eos_token_id"], file)
     if eos_token_ids and max(eos_token_ids) >= sizes["vocab_size"]:
         raise ModelError(
             f"{file} or generation_config.json has eos_token_id {max(eos_token_ids)}; the "
             f"vocabulary is 0..{sizes['vocab_size'] - 1}"
         )
-    attention_bias = bool(getattr(hf, "attention_bias", False)) and family != "Mistral"
+    # Mistral has no biases and Qwen2's are fixed, whatever their config.json says.
+    attention_bias = family in ("Llama", "Qwen3") and _checked_bool("attention_bias", values, file)
     return ModelConfig(
         architecture=architecture,
         vocab_size=sizes["vocab_size"],
         hidden_size=sizes["hidden_size"],
         intermediate_size=sizes["intermediate_size"],
-        num_layers=sizes["num_hidden_layers"],
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(hf.rms_norm_eps),
-        rope=_rope(hf.rope_parameters, file),
-        sliding_windows=_sliding_windows(hf, family, file),
+        rms_norm_eps=rms_norm_eps,
+        rope=_rope(values, file),
+        sliding_windows=_sliding_windows(values, family, num_layers, file),
         # Qwen2's q, k and v always have a bias and its o never has.
         qkv_bias=attention_bias or family == "Qwen2",
-        o_bias=attention_bias and family != "Qwen2",
-        mlp_bias=bool(getattr(hf, "mlp_bias", False)) and family == "Llama",
+        o_bias=attention_bias,
+        mlp_bias=family == "Llama" and _checked_bool("mlp_bias", values, file),
         qk_norm=family == "Qwen3",
-        tie_word_embeddings=bool(hf.tie_word_embeddings),
+        tie_word_embeddings=_checked_bool("tie_word_embeddings", values, file),
         max_position_embeddings=sizes["max_position_embeddings"],
-        dtype=dtype,
+        dtype=_dtype(values, file),
         eos_token_ids=eos_token_ids,
-        bos_token_id=hf.bos_token_id,
+        bos_token_id=bos_token_id,
     )
 
 
-def _checked_size(name: str, size: Any, file: Path) -> int:
-    if not isinstance(size, int) or not 1 <= size < _INT_LIMIT:
-        raise ModelError(f"{file} has {name} {size!r}; give a whole number in [1, {_INT_LIMIT})")
-    return size
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _checked_int(name: str, value: Any, file: Path, *, least: int) -> int:
+    if not _is_int(value) or not least <= value < _INT_LIMIT:
+        raise ModelError(
+            f"{file} has {name} {value!r}; give a whole number in [{least}, {_INT_LIMIT})"
+        )
+    number: int = value
+    return number
+
+
+def _checked_bool(name: str, values: Mapping[str, Any], file: Path) -> bool:
+    value = values[name]
+    if not isinstance(value, bool):
+        raise ModelError(f"{file} has {name} {value!r}; give true or false")
+    return value
 
 
 def _architecture(raw: Mapping[str, Any], file: Path) -> str:
     names = raw.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    if not isinstance(name, str) or name not in _CONFIG_CLASSES:
+    if not isinstance(name, str) or name not in _DEFAULTS:
         raise ModelError(
-            f"{file} names the architecture {name!r}; supported: {', '.join(_CONFIG_CLASSES)}"
+            f"{file} names the architecture {name!r}; supported: {', '.join(_DEFAULTS)}"
         )
     return name
 
@@ -213,15 +279,30 @@ def _dtype(raw: Mapping[str, Any], file: Path) -> str:
     return _DTYPES[name]
 
 
-def _rope(parameters: Mapping[str, Any], file: Path) -> RopeConfig:
-    """From transformers' `rope_parameters`, into which it turns the older `rope_scaling`."""
-    rope_type = parameters.get("rope_type", "default")
+def _rope(values: Mapping[str, Any], file: Path) -> RopeConfig:
+    """As transformers reads it: `rope_scaling` is the older name of `rope_parameters` and goes
+    first, and theta may stand beside either."""
+    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(given, Mapping):
+        raise ModelError(f"{file} has rope_parameters {given!r}; it must be an object")
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            raise ModelError(f"{file} has RoPE of its own for {name!r}; one for all is supported")
+    parameters = {
+        "rope_type": given.get("type", "default"),
+        "rope_theta": values["rope_theta"],
+        "original_max_position_embeddings": values["max_position_embeddings"],
+        **given,
+    }
+    rope_type = parameters["rope_type"]
     if rope_type not in _ROPE_TYPES:
         raise ModelError(f"{file} has RoPE type {rope_type!r}; supported: {', '.join(_ROPE_TYPES)}")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+    rotary_share = values.get("partial_rotary_factor")
+    rotary_share = given.get("partial_rotary_factor", 1.0 if rotary_share is None else rotary_share)
+    if rotary_share != 1.0:
         raise ModelError(
-            f"{file} has partial_rotary_factor {parameters['partial_rotary_factor']!r}; only RoPE "
-            "over the whole head (1.0) is supported"
+            f"{file} has partial_rotary_factor {rotary_share!r}; only RoPE over the whole head "
+            "(1.0) is supported"
         )
     names = {
         "default": (),
@@ -233,29 +314,47 @@ def _rope(parameters: Mapping[str, Any], file: Path) -> RopeConfig:
             "original_max_position_embeddings",
         ),
     }[rope_type]
-    values = {"theta": parameters.get("rope_theta"), **{name: parameters[name] for name in names}}
-    for name, value in values.items():
+    numbers = {"theta": parameters["rope_theta"]}
+    numbers |= {name: parameters.get(name) for name in names}
+    for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             raise ModelError(f"{file} has RoPE {name} {value!r}; it must be a number above 0")
-    return RopeConfig(rope_type, **values)
+    return RopeConfig(rope_type, **numbers)
 
 
-def _sliding_windows(hf: Any, family: str, file: Path) -> tuple[int | None, ...]:
-    num_layers: int = hf.num_hidden_layers
-    window = getattr(hf, "sliding_window", None)
+def _sliding_windows(
+    values: Mapping[str, Any], family: str, num_layers: int, file: Path
+) -> tuple[int | None, ...]:
     if family == "Llama":
         return (None,) * num_layers
+    window = values["sliding_window"]
+    if window is not None and not _is_int(window):
+        raise ModelError(f"{file} has sliding_window {window!r}; give a number of tokens or null")
     if family == "Mistral":
         kinds = ["full_attention" if window is None else "sliding_attention"] * num_layers
     else:
-        kinds = hf.layer_types
+        if not _checked_bool("use_sliding_window", values, file):
+            window = None
+        kinds = values["layer_types"]
+        if kinds is None:
+            num_full = num_layers
+            if window is not None:
+                num_full = _checked_int(
+                    "max_window_layers", values["max_window_layers"], file, least=0
+                )
+            kinds = [
+                "full_attention" if layer < num_full else "sliding_attention"
+                for layer in range(num_layers)
+            ]
+    if not isinstance(kinds, list):
+        raise ModelError(f"{file} has a {type(kinds).__name__} as layer_types; give a list")
     if len(kinds) != num_layers:
         raise ModelError(f"{file} has {len(kinds)} layer_types for {num_layers} layers")
     windows: list[int | None] = []
     for kind in kinds:
         if kind == "full_attention":
             windows.append(None)
-        elif kind == "sliding_attention" and isinstance(window, int) and window >= 1:
+        elif kind == "sliding_attention" and window is not None and window >= 1:
             windows.append(window)
         else:
             raise ModelError(
@@ -273,8 +372,7 @@ def _eos_token_ids(from_config: Any, file: Path) -> tuple[int, ...]:
         for token_id in value if isinstance(value, list) else [value]:
             if token_id is None:
                 continue
-            is_int = isinstance(token_id, int) and not isinstance(token_id, bool)
-            if not is_int or not 0 <= token_id < _INT_LIMIT:
+            if not _is_int(token_id) or not 0 <= token_id < _INT_LIMIT:
                 raise ModelError(f"{source} has eos_token_id {value!r}; give a token id or a list")
             ids[token_id] = None
     return tuple(ids)

@@ -11,6 +11,9 @@ from graphengine.attention.flash import FlashAttention
 from graphengine.build import blocks_in, check_one_sequence_fits, cpu_kv_bytes
 from graphengine.config import EngineConfig
 from graphengine.errors import CapacityError
+from graphengine.hub import resolve_model
+from graphengine.metrics import Laps
+from graphengine.model_config import load_model_config
 from graphengine.resolve import Resolved, as_on_cuda, resolve
 
 # What a CUDA context and the libraries' workspaces are taken to need.
@@ -52,7 +55,8 @@ def plan(config: EngineConfig, *, gpu_memory_bytes: int | None = None) -> Plan:
 
     gpu_memory_bytes: plan for a card of that size instead of the one in this machine. Raises what
     making the engine would raise, CapacityError included."""
-    resolved = resolve(config, needs_weights=False)
+    model_path = resolve_model(config.model, with_weights=False)
+    resolved = resolve(config, model_path, load_model_config(model_path), laps=Laps())
     attention = resolved.attention.name
     if gpu_memory_bytes is None and resolved.device.type == "cuda":
         gpu_memory_bytes = torch.cuda.get_device_properties(resolved.device).total_memory

@@ -13,8 +13,8 @@ from graphengine.attention import AttentionBackend, make_attention
 from graphengine.attention.flash import FlashAttention
 from graphengine.config import EngineConfig
 from graphengine.errors import BackendError, ConfigError
-from graphengine.hub import resolve_model
-from graphengine.model_config import ModelConfig, load_model_config
+from graphengine.metrics import Laps
+from graphengine.model_config import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +41,14 @@ class Resolved:
         return self.block_size * self.model_config.kv_bytes_per_token(self.dtype.itemsize)
 
 
-def resolve(config: EngineConfig, *, needs_weights: bool = True) -> Resolved:
-    """Raises ModelError, BackendError or ConfigError. Reads the model's json files only; of a hub
-    id it fetches the weights too, where `needs_weights`."""
-    model_path = resolve_model(
-        config.model, with_weights=needs_weights and config.load_format != "dummy"
-    )
-    model_config = load_model_config(model_path)
+def resolve(
+    config: EngineConfig, model_path: Path, model_config: ModelConfig, *, laps: Laps
+) -> Resolved:
+    """Raises BackendError or ConfigError."""
     device = _device(config.device)
+    laps.end("device")
     attention = make_attention(config.attention, device)
+    laps.end("imports")  # of flash-attn
     dtype = _dtype(config.dtype, model_config, device, attention.name)
     block_size = config.block_size or attention.default_block_size
     attention.check(

@@ -102,24 +102,29 @@ class Scheduler:
         live = table.epochs[batch.rows] == batch.epochs
         if isinstance(batch, PrefillBatch):
             live &= batch.samples
-        rows, ids = batch.rows[live], token_ids[live]
+        rows, ids = batch.rows, token_ids
+        if not live.all():
+            rows, ids = rows[live], ids[live]
         at = table.num_tokens[rows]
         table.token_ids[rows, at] = ids
         table.num_tokens[rows] = at + 1
-        stopped = table.has_stop_ids[rows] & (table.stop_ids[rows] == ids[:, None]).any(axis=1)
-        stopped &= at >= table.min_total[rows]
+        # Place by place, and no more than are in use: rows first would cost three times that.
+        stop_ids = table.stop_ids.T[: table.num_stop_places].take(rows, axis=1)
+        stopped = (stop_ids == ids).any(axis=0)
+        stopped &= table.has_stop_ids[rows] & (at >= table.min_total[rows])
         full = at + 1 == table.max_total[rows]
         ended = stopped | full
-        finished = []
-        if ended.any():
-            for idx, token_id, is_stop in zip(
-                rows[ended].tolist(), ids[ended].tolist(), stopped[ended].tolist(), strict=True
-            ):
-                reason = FinishReason.STOP if is_stop else FinishReason.LENGTH
-                sequence = table.sequences[idx]
-                assert sequence is not None
-                given = is_stop and token_id in sequence.params.stop_token_ids
-                finished.append(self.finish(idx, reason, stop_reason=token_id if given else None))
+        finished: list[Sequence] = []
+        if not ended.any():
+            return rows, finished
+        for idx, token_id, is_stop in zip(
+            rows[ended].tolist(), ids[ended].tolist(), stopped[ended].tolist(), strict=True
+        ):
+            reason = FinishReason.STOP if is_stop else FinishReason.LENGTH
+            sequence = table.sequences[idx]
+            assert sequence is not None
+            given = is_stop and token_id in sequence.params.stop_token_ids
+            finished.append(self.finish(idx, reason, stop_reason=token_id if given else None))
         return rows[~ended], finished
 
     def finish(
@@ -134,7 +139,8 @@ class Scheduler:
         sequence.stop_reason = stop_reason
         self._blocks.free(table.take_blocks(idx))
         self._running = self._running[self._running != idx]
-        self._preempted = [entry for entry in self._preempted if entry[1] != idx]
+        if self._preempted:
+            self._preempted = [entry for entry in self._preempted if entry[1] != idx]
         table.release(idx)
         return sequence
 
@@ -217,7 +223,10 @@ class Scheduler:
         rows = rows[table.num_launched[rows] < table.max_total[rows]]
         full = rows[table.num_computed[rows] == table.num_blocks[rows] * table.block_size]
         preempted: set[int] = set()
-        candidates = rows.tolist() if len(full) > blocks.num_free else []
+        if 0 < len(full) <= blocks.num_free:
+            table.give_block_each(full, blocks.allocate(len(full)))
+            full = full[:0]
+        candidates = rows.tolist() if len(full) else []
         for idx in full.tolist():
             while idx not in preempted and blocks.num_free == 0:
                 victim = candidates.pop()  # the one that arrived last

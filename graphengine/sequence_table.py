@@ -7,6 +7,7 @@ W = blocks per sequence, M = stop ids per sequence.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from graphengine.block_manager import NULL_BLOCK
 from graphengine.config import MAX_STOP_IDS
@@ -48,6 +49,7 @@ class SequenceTable:
         self.seeds = np.zeros(lines, np.int64)
         # Unused entries repeat a used one, so every entry is a valid id where has_stop_ids is true.
         self.stop_ids = np.zeros((lines, MAX_STOP_IDS), np.int64)
+        self.num_stop_places = 0  # columns of stop_ids that any sequence has used so far
         self.has_stop_ids = np.zeros(lines, np.bool_)
         self.has_stop_strings = np.zeros(lines, np.bool_)
         self.sequences: list[Sequence | None] = [None] * lines
@@ -73,6 +75,7 @@ class SequenceTable:
         self.top_p[idx] = params.top_p
         self.min_p[idx] = params.min_p
         self.seeds[idx] = sequence.seed
+        self.num_stop_places = max(self.num_stop_places, len(sequence.stop_ids))
         self.has_stop_ids[idx] = bool(sequence.stop_ids)
         self.has_stop_strings[idx] = bool(params.stop)
         self.stop_ids[idx] = sequence.stop_ids[0] if sequence.stop_ids else 0
@@ -90,6 +93,12 @@ class SequenceTable:
         held = int(self.num_blocks[idx])
         self.block_tables[idx, held : held + len(blocks)] = blocks
         self.num_blocks[idx] = held + len(blocks)
+
+    def give_block_each(self, rows: npt.NDArray[np.int64], blocks: list[int]) -> None:
+        """One more block for each of `rows`, in their order."""
+        held = self.num_blocks[rows]
+        self.block_tables[rows, held] = blocks
+        self.num_blocks[rows] = held + 1
 
     def take_blocks(self, idx: int) -> list[int]:
         """All blocks of the line; its table is null again, so no stale column can be read."""

@@ -71,7 +71,7 @@ def _fill_sampling(
     """num_before: int32 [n], tokens each sequence has before the one this step samples."""
     n = len(rows)
     for name in ("temperature", "top_k", "top_p", "min_p", "seeds"):
-        views[name][:n] = getattr(table, name)[rows]
+        getattr(table, name).take(rows, out=views[name][:n], mode="clip")
     np.take(table.stop_ids, rows, axis=0, out=views["stop_ids"][:n], mode="clip")
     views["suppress_stops"][:n] = table.has_stop_ids[rows] & (num_before < table.min_total[rows])
 

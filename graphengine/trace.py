@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from captures import DeviceSpan
 from graphengine.errors import ConfigError
 from graphengine.metrics import Lap
+
+if TYPE_CHECKING:
+    from captures import DeviceSpan
 
 # Threads of the trace, in the order they are shown.
 _HOST = "host"

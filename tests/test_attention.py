@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graphengine.attention import DecodeMetadata, PrefillMetadata, make_attention
-from graphengine.attention.flash import FlashAttention
+from graphengine.attention.flash import FlashAttention, decode_splits
 from graphengine.attention.reference import ReferenceAttention
 from graphengine.errors import BackendError, ConfigError
 
@@ -302,3 +302,70 @@ def test_flash_gives_what_the_reference_gives(head_dim: int, window: int | None)
             flash.prefill(q, k, v, *caches, metadata, window=window),
             reference.prefill(q, k, v, *caches, metadata, window=window),
         )
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_heads", "num_kv_heads", "splits"),
+    [
+        (1, 16, 8, 16),
+        (2, 16, 8, 16),
+        (3, 16, 8, None),  # flash-attn has programs enough
+        (1, 32, 8, None),  # and does no worse with four query heads a kv head
+        (127, 16, 8, None),
+        (128, 16, 8, 1),
+        (256, 32, 8, 1),
+    ],
+)
+def test_decoding_goes_where_it_was_faster(
+    num_rows: int, num_heads: int, num_kv_heads: int, splits: int | None
+) -> None:
+    assert decode_splits(num_rows, num_heads, 128, num_kv_heads) == splits
+    assert decode_splits(num_rows, num_heads, 96, num_kv_heads) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 1, 100])
+@pytest.mark.parametrize("num_splits", [1, 3, 16])
+@pytest.mark.parametrize("group", [1, 2, 4, 7])
+def test_paged_decode_gives_what_the_reference_gives(
+    group: int, num_splits: int, window: int | None
+) -> None:
+    """Contexts that end at, before and after borders of tiles and blocks; what lies past them is
+    NaN. Twice, since the second launch finds what the first left in the counters."""
+    from graphengine.kernels.paged_decode import paged_decode
+
+    device = torch.device("cuda")
+    lengths = [1, 63, 64, 65, 255, 256, 257, 700, 1024, 1500]
+    cache = Cache(lengths, block_size=256, head_dim=128, dtype=torch.bfloat16, device=device)
+    num_kv_heads = cache.k_cache.shape[2]
+    for part in (cache.k_cache, cache.v_cache):
+        for row, length in enumerate(lengths):
+            if length % 256:
+                part[cache.tables[row, length // 256], length % 256 :] = torch.nan
+    q = randn_queries(len(lengths), group * num_kv_heads, device)
+    metadata = cache.decode_metadata()
+    arrivals = torch.zeros(len(lengths) * num_kv_heads, dtype=torch.int32, device=device)
+    results = [
+        paged_decode(
+            q,
+            cache.k_cache,
+            cache.v_cache,
+            metadata.block_tables,
+            metadata.context_lens,
+            arrivals,
+            window=window,
+            num_splits=num_splits,
+        )
+        for _ in range(2)
+    ]
+    assert torch.equal(*results)
+    assert int(arrivals.count_nonzero()) == 0
+    clean = [part.nan_to_num() for part in (cache.k_cache, cache.v_cache)]
+    expected = ReferenceAttention().decode(q, *clean, metadata, window=window)
+    torch.testing.assert_close(results[0], expected, rtol=2**-6, atol=2**-6)
+
+
+def randn_queries(num_rows: int, num_heads: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    q = torch.randn(num_rows, num_heads, 128, generator=generator)
+    return q.to(device, torch.bfloat16)

@@ -20,7 +20,7 @@ from tiny import MAX_MODEL_LEN, World, make_world, request
 import graphengine.build
 import graphengine.engine
 import graphengine.model_runner
-from graphengine import LLM, EngineConfig, FinishReason, Request, RequestOutput, SamplingParams
+from graphengine import LLM, FinishReason, Request, RequestOutput, SamplingParams
 from graphengine.demo.sums import answer, heldout_pairs, prompt
 from graphengine.errors import BackendError, CapacityError, ConfigError, ModelError, RequestError
 from graphengine.model_runner import Launched, ModelRunner
@@ -631,13 +631,12 @@ def test_blocks_for_one_sequence_are_enough(world: World) -> None:
 def test_eos_comes_from_the_tokenizer_where_the_config_has_none(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = graphengine.engine.resolve
+    original = graphengine.engine.load_model_config
 
-    def resolve(config: EngineConfig) -> Any:
-        resolved = original(config)
-        return replace(resolved, model_config=replace(resolved.model_config, eos_token_ids=()))
+    def load_model_config(path: Path) -> Any:
+        return replace(original(path), eos_token_ids=())
 
-    monkeypatch.setattr(graphengine.engine, "resolve", resolve)
+    monkeypatch.setattr(graphengine.engine, "load_model_config", load_model_config)
     with world.llm() as llm:
         assert llm._intake._eos_token_ids == (2,)
     with world.llm(skip_tokenizer_init=True) as llm:
@@ -645,6 +644,40 @@ def test_eos_comes_from_the_tokenizer_where_the_config_has_none(
         output = llm.generate({"prompt_token_ids": [3]}, GREEDY)[0]
         assert output.outputs[0].text == ""
         assert len(output.outputs[0].token_ids) == 6
+
+
+@pytest.mark.parametrize("end", ["exhausted", "closed", "raised"])
+def test_garbage_collector_skips_what_was_there_while_a_stream_runs(world: World, end: str) -> None:
+    def requests() -> Iterator[Request]:
+        yield request([3, 4], max_tokens=2)
+        yield request([3, 5], max_tokens=20)
+        if end == "raised":
+            raise OSError("disk gone")
+
+    with world.llm() as llm:
+        assert gc.get_freeze_count() == 0
+        stream = llm.stream(requests())
+        try:
+            for _ in stream:
+                assert gc.get_freeze_count() > 10_000
+                assert gc.isenabled()
+                if end == "closed":
+                    stream.close()
+        except OSError:
+            assert end == "raised"
+        assert gc.get_freeze_count() == 0
+
+
+def test_objects_a_program_froze_itself_stay_frozen(world: World) -> None:
+    with world.llm() as llm:
+        gc.freeze()
+        try:
+            num_frozen = gc.get_freeze_count()
+            llm.generate({"prompt_token_ids": [3]}, GREEDY)
+            # Some may have died since; none was thawed.
+            assert gc.get_freeze_count() > num_frozen // 2
+        finally:
+            gc.unfreeze()
 
 
 def test_plan_foretells_the_engine_on_the_cpu(world: World) -> None:

@@ -10,11 +10,14 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import transformers
 from checkpoints import VARIANTS, WINDOW, hf_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from graphengine.errors import ModelError
 from graphengine.hub import resolve_model
-from graphengine.model_config import RopeConfig, load_model_config
+from graphengine.model_config import ModelConfig, RopeConfig, load_model_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -178,6 +181,206 @@ def test_what_transformers_saves_is_understood(tmp_path: Path, variant: str) -> 
     architecture = VARIANTS[variant][0].replace("Config", "ForCausalLM")
     hf_config(variant, architectures=[architecture]).save_pretrained(tmp_path)
     assert load_model_config(tmp_path).architecture == architecture
+
+
+# --- transformers, which reads the same files, as the reference
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+LLAMA3_ROPE = {**OLD_LLAMA3, "rope_theta": 5e5}
+# Values for keys that a config.json may have or leave out. Left out by most; some are refused.
+KEYS: dict[str, list[Any]] = {
+    "vocab_size": [199, "many", True],
+    "hidden_size": [64, 96, 100, 64.0, None],
+    "intermediate_size": [96, 0],
+    "num_hidden_layers": [1, 3],
+    "num_attention_heads": [4, 8, 0],
+    "num_key_value_heads": [1, 2, 3],
+    "head_dim": [8, 24, 15],
+    "hidden_act": ["silu", "swish", "gelu", None],
+    "max_position_embeddings": [512],
+    "rms_norm_eps": [1e-5, "small", None],
+    "rope_theta": [1e6, 1000, None],
+    "rope_scaling": [
+        None,
+        {},
+        {"type": "linear", "factor": 4.0},
+        {"rope_type": "linear", "factor": 2, "rope_theta": 7.0},
+        {"rope_type": "linear"},
+        OLD_LLAMA3,
+        {k: v for k, v in OLD_LLAMA3.items() if k != "original_max_position_embeddings"},
+        {"rope_type": "yarn", "factor": 4.0},
+        {"rope_type": "default", "partial_rotary_factor": 0.5},
+        "linear",
+    ],
+    "rope_parameters": [
+        None,
+        {},
+        {"rope_theta": 3e5},
+        {"rope_type": "default", "rope_theta": 3e5},
+        {"type": "linear", "factor": 4.0},
+        LLAMA3_ROPE,
+        {k: v for k, v in LLAMA3_ROPE.items() if k != "low_freq_factor"},
+    ],
+    "partial_rotary_factor": [1.0, 0.5, None],
+    "original_max_position_embeddings": [128],
+    "tie_word_embeddings": [True, False, None],
+    "attention_bias": [True, False],
+    "mlp_bias": [True, False],
+    "use_sliding_window": [True, True, False, 1],
+    "sliding_window": [7, None, 0, "7"],
+    "max_window_layers": [0, 1, 2],
+    "layer_types": [
+        None,
+        ["full_attention", "sliding_attention", "full_attention"],
+        ["full_attention"],
+        ["full_attention", "dense", "full_attention"],
+    ],
+    "bos_token_id": [5, None, "<s>"],
+    "eos_token_id": [7, [7, 8], None, "</s>"],
+    "torch_dtype": ["float16", None],
+    "dtype": ["bfloat16", "float32"],
+}
+
+
+def by_transformers(raw: dict[str, Any]) -> ModelConfig | None:
+    """What transformers understands by `raw`; None where it, or this engine, has to refuse."""
+    architecture = raw["architectures"][0]
+    family = architecture.removesuffix("ForCausalLM")
+    raw = json.loads(json.dumps(raw))  # of its own, since it is written to
+    if family in ("Llama", "Mistral"):
+        raw.pop("layer_types", None)  # which their models never read
+    try:
+        hf: Any = getattr(transformers, f"{family}Config").from_dict(raw)
+        head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    except Exception:  # each check has its own
+        return None
+    rope = hf.rope_parameters
+    scaling = {
+        "default": (),
+        "linear": ("factor",),
+        "llama3": (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        ),
+    }.get(rope["rope_type"])
+    layers, window = hf.num_hidden_layers, getattr(hf, "sliding_window", None)
+    slides = [False] * layers
+    if family == "Mistral":
+        slides = [window is not None] * layers
+    elif family != "Llama":
+        slides = [kind == "sliding_attention" for kind in hf.layer_types]
+        if not set(hf.layer_types) <= {"full_attention", "sliding_attention"}:
+            return None
+    if (
+        scaling is None
+        or rope["rope_theta"] is None
+        or rope.get("partial_rotary_factor", 1.0) != 1.0
+        or hf.hidden_act not in ("silu", "swish")
+        or min(hf.intermediate_size, hf.num_attention_heads) < 1
+        or head_dim % 2
+        or hf.num_attention_heads % hf.num_key_value_heads
+        or (any(slides) and not window)
+    ):
+        return None
+    has_bias = family in ("Llama", "Qwen3") and hf.attention_bias
+    eos = hf.eos_token_id
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        intermediate_size=hf.intermediate_size,
+        num_layers=layers,
+        num_heads=hf.num_attention_heads,
+        num_kv_heads=hf.num_key_value_heads,
+        head_dim=head_dim,
+        rms_norm_eps=hf.rms_norm_eps,
+        rope=RopeConfig(rope["rope_type"], rope["rope_theta"], **{k: rope[k] for k in scaling}),
+        sliding_windows=tuple(window if slide else None for slide in slides),
+        qkv_bias=has_bias or family == "Qwen2",
+        o_bias=has_bias,
+        mlp_bias=family == "Llama" and hf.mlp_bias,
+        qk_norm=family == "Qwen3",
+        tie_word_embeddings=hf.tie_word_embeddings,
+        max_position_embeddings=hf.max_position_embeddings,
+        dtype="float32" if hf.dtype is None else str(hf.dtype).removeprefix("torch."),
+        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        bos_token_id=hf.bos_token_id,
+    )
+
+
+def check_as_transformers(path: Path, raw: dict[str, Any]) -> bool:
+    """Whether `raw` was understood; what it means is compared."""
+    expected = by_transformers(raw)
+    write(path, raw)
+    if expected is None:
+        assert str(path / "config.json") in refusal(path)
+    else:
+        assert load_model_config(path) == expected
+    return expected is not None
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("key", [None, *KEYS])
+def test_each_key_means_what_transformers_says(
+    tmp_path: Path, architecture: str, key: str | None
+) -> None:
+    """Alone among defaults, where a wrong default shows too."""
+    values = [0] if key is None else KEYS[key]
+    for value in values:
+        raw = {"architectures": [architecture]} | ({} if key is None else {key: value})
+        understood = check_as_transformers(tmp_path, raw)
+        assert understood or key is not None
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_any_keys_together_mean_what_transformers_says(
+    tmp_path_factory: pytest.TempPathFactory, architecture: str
+) -> None:
+    path = tmp_path_factory.mktemp("config")
+    num_understood = 0
+
+    @given(
+        st.fixed_dictionaries({}, optional={k: st.sampled_from(v) for k, v in KEYS.items()}),
+        st.fixed_dictionaries({}, optional={k: st.just(v[0]) for k, v in KEYS.items()}),
+    )
+    @settings(max_examples=400, derandomize=True, database=None, deadline=None)
+    def check(some: dict[str, Any], sound: dict[str, Any]) -> None:
+        nonlocal num_understood
+        keep = {key: value for key, value in some.items() if len(some) < 5 or key in sound}
+        raw = {"architectures": [architecture], "num_hidden_layers": 3, **sound, **keep}
+        num_understood += check_as_transformers(path, raw)
+
+    check()
+    assert num_understood > 30, "most were refused, so little was compared"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_key_value_heads": 0}, "num_key_value_heads 0"),
+        ({"head_dim": 0}, "head_dim 0"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps -1.0"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "'full_attention'"),
+        ({"num_hidden_layers": 5000}, "at most 4096"),
+        ({"max_position_embeddings": 2**31}, "max_position_embeddings 2147483648"),
+    ],
+)
+def test_what_transformers_would_let_pass_is_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    assert words in refusal(write(tmp_path, {**LLAMA, **changes}))
+
+
+def test_transformers_is_not_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from graphengine.model_config import load_model_config\n"
+        f"load_model_config(Path({str(write(tmp_path, LLAMA))!r}))\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 def test_llama_8b_counts(tmp_path: Path) -> None:

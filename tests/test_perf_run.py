@@ -82,7 +82,9 @@ def test_peer_that_leaves_processes_behind_is_not_waited_for(
     assert time.monotonic() - start_s < 60
     assert found["latency"]["figures"]["out_tok_per_s"]["median"] == 4.0
     state = Path(f"/proc/{left.read_text().strip()}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    while state.exists() and state.read_text().split()[2] != "Z":  # killed, but not yet gone
+        assert time.monotonic() - start_s < 60
+        time.sleep(0.01)
 
 
 def test_eager_cannot_have_been_busier_than_its_kernels_take_as_graphs() -> None:

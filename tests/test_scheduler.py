@@ -684,3 +684,38 @@ def test_stale_block_table_column_is_noticed(monkeypatch: pytest.MonkeyPatch) ->
     rig.add(make_sequence(0, prompt_of(0, 9), max_tokens=3))
     with pytest.raises(AssertionError, match="stale column"):
         rig.run()
+
+
+def test_sequence_with_many_stop_ids_stops_at_the_last_of_them() -> None:
+    """Only the places in use are compared, whoever came first."""
+    for others in ((), (1,)):
+        table = SequenceTable(3, 64, 4)
+        scheduler = Scheduler(table, BlockManager(40, 4), max_num_batched_tokens=64)
+        scheduler.add(make_sequence(0, [5, 6], max_tokens=9, stop_ids=others))
+        scheduler.add(make_sequence(1, [5, 7], max_tokens=9, stop_ids=(11, 12, 13)))
+        batch = scheduler.schedule()
+        assert batch is not None
+        rows, finished = scheduler.commit(batch, np.array([13, 13]))
+        assert [sequence.index for sequence in finished] == [1]
+        assert len(rows) == 1
+
+
+def test_rows_that_fill_their_blocks_together_get_one_each_of_their_own() -> None:
+    table, blocks = SequenceTable(5, 64, 4), BlockManager(40, 4)
+    scheduler = Scheduler(table, blocks, max_num_batched_tokens=64)
+    for index in range(5):
+        # Of two lengths, so that rows hold one block and two.
+        scheduler.add(make_sequence(index, [5] * (4 if index % 2 else 8), max_tokens=9))
+    prefill = scheduler.schedule()
+    assert prefill is not None
+    held = table.num_blocks[prefill.rows].tolist()
+    decode = scheduler.schedule()
+    assert decode is not None
+    assert table.num_blocks[decode.rows].tolist() == [count + 1 for count in held]
+    used = [
+        block
+        for row in decode.rows.tolist()
+        for block in table.block_tables[row, : table.num_blocks[row]].tolist()
+    ]
+    assert len(set(used)) == len(used) == 40 - blocks.num_free
+    assert 0 not in used

@@ -1,4 +1,8 @@
-"""How does attention run on CUDA? FlashAttention 2, through its paged cache.
+"""How does attention run on CUDA? FlashAttention 2, or our own kernel where decoding gains by it.
+
+flash-attn gives each program 64 query rows; a decode step has H / K of them for a kv head. Beyond
+100 rows, and with very few, `kernels.paged_decode` is ahead (figures in perf/LOG.md); between them
+flash-attn is.
 
 Letters: N tokens, B decode rows, H query heads, K kv heads, D head dim.
 """
@@ -16,6 +20,12 @@ from graphengine.errors import BackendError, ConfigError
 _BLOCK_MULTIPLE = 256  # flash_api.cpp: "Paged KV cache block size must be divisible by 256"
 _MAX_HEAD_DIM = 256
 _MIN_CAPABILITY = (8, 0)
+# Where paged_decode takes over: from so many rows on, one program for a row and kv head; and up to
+# so many programs of few query heads, each in so many splits.
+_MANY_ROWS = 128
+_FEW_PROGRAMS = 16
+_FEW_HEADS = 2
+_SPLITS = 16
 
 
 class FlashAttention:
@@ -35,6 +45,7 @@ class FlashAttention:
             ) from error
         self._varlen = flash_attn.flash_attn_varlen_func
         self._with_kvcache = flash_attn.flash_attn_with_kvcache
+        self._arrivals: Tensor | None = None
 
     def check(
         self, *, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
@@ -110,6 +121,10 @@ class FlashAttention:
     ) -> Tensor:
         """See AttentionBackend. The number of splits follows from B and the table's width, which
         are fixed in a captured graph."""
+        num_rows, num_heads, head_dim = q.shape
+        num_splits = decode_splits(num_rows, num_heads, head_dim, k_cache.shape[2])
+        if num_splits is not None:
+            return self._paged_decode(q, k_cache, v_cache, metadata, window, num_splits)
         out: Tensor = self._with_kvcache(
             q[:, None],
             k_cache,
@@ -120,6 +135,41 @@ class FlashAttention:
             window_size=_window_size(window),
         )
         return out[:, 0]
+
+    def _paged_decode(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: DecodeMetadata,
+        window: int | None,
+        num_splits: int,
+    ) -> Tensor:
+        # Imported here: a CPU machine has no Triton.
+        from graphengine.kernels.paged_decode import paged_decode
+
+        if self._arrivals is None:
+            self._arrivals = torch.zeros(_FEW_PROGRAMS, dtype=torch.int32, device=q.device)
+        return paged_decode(
+            q,
+            k_cache,
+            v_cache,
+            metadata.block_tables,
+            metadata.context_lens,
+            self._arrivals,
+            window=window,
+            num_splits=num_splits,
+        )
+
+
+def decode_splits(num_rows: int, num_heads: int, head_dim: int, num_kv_heads: int) -> int | None:
+    """Splits of a decode step by `kernels.paged_decode`; None where flash-attn is to run it."""
+    if head_dim & (head_dim - 1):
+        return None
+    if num_rows >= _MANY_ROWS:
+        return 1
+    is_few = num_rows * num_kv_heads <= _FEW_PROGRAMS and num_heads // num_kv_heads <= _FEW_HEADS
+    return _SPLITS if is_few else None
 
 
 def _window_size(window: int | None) -> tuple[int, int]:

@@ -13,13 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from graphengine.kernels.fused_linear import linear, linear_silu_mul
 from graphengine.kernels.fused_sampling import sample
+from graphengine.kernels.launch import early_launch, enter_early
 
-__all__ = ["add_rms_norm", "rms_norm", "rope_and_cache", "sample", "silu_mul"]
+__all__ = [
+    "add_rms_norm",
+    "linear",
+    "linear_silu_mul",
+    "rms_norm",
+    "rope_and_cache",
+    "sample",
+]
 
 # One thread moves 8 elements: 16 bytes of a 16-bit dtype, the widest load there is.
 _ELEMENTS_PER_WARP = 32 * 8
-_SILU_BLOCK = 1024
 # Few heads a program: a decode step of few tokens has no other parallelism.
 _HEADS_PER_PROGRAM = 8
 
@@ -30,27 +38,39 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     num_tokens, hidden_size = x.shape
     block = triton.next_power_of_2(hidden_size)
     _rms_norm_kernel[(num_tokens,)](
-        x, weight, out, x.stride(0), hidden_size, eps, BLOCK=block, num_warps=_num_warps(block)
+        x,
+        weight,
+        out,
+        x.stride(0),
+        hidden_size,
+        eps,
+        BLOCK=block,
+        num_warps=_num_warps(block),
+        **early_launch(x, num_tokens),
     )
     return out
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`reference.add_rms_norm`."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    num_tokens, hidden_size = x.shape
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
+    num_tokens, hidden_size = residual.shape
     block = triton.next_power_of_2(hidden_size)
+    num_splits, split_stride = _splits(x)
     _add_rms_norm_kernel[(num_tokens,)](
         x,
         residual,
         weight,
         out,
-        x.stride(0),
+        x.stride(-2),
+        split_stride,
         residual.stride(0),
         hidden_size,
         eps,
+        SPLITS=num_splits,
         BLOCK=block,
         num_warps=_num_warps(block),
+        **early_launch(x, num_tokens),
     )
     return out
 
@@ -70,11 +90,16 @@ def rope_and_cache(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`reference.rope_and_cache`. The caches may be strided in their first two dimensions."""
-    num_tokens, head_dim = qkv.shape[0], cos_sin.shape[1]
+    num_tokens, head_dim = qkv.shape[-2], cos_sin.shape[1]
     all_heads = num_heads + 2 * num_kv_heads
+    num_splits, split_stride = _splits(qkv)
+    out = qkv
+    if qkv.dim() == 3:
+        out = torch.empty(qkv.shape[1:], dtype=k_cache.dtype, device=qkv.device)
     half_padded = triton.next_power_of_2(head_dim // 2)
     _rope_and_cache_kernel[(num_tokens, triton.cdiv(all_heads, _HEADS_PER_PROGRAM))](
         qkv,
+        out,
         positions,
         cos_sin,
         k_cache,
@@ -82,7 +107,9 @@ def rope_and_cache(
         slot_mapping,
         q_weight,
         k_weight,
-        qkv.stride(0),
+        qkv.stride(-2),
+        split_stride,
+        out.stride(0),
         k_cache.stride(0),
         k_cache.stride(1),
         v_cache.stride(0),
@@ -94,26 +121,18 @@ def rope_and_cache(
         HALF=head_dim // 2,
         HALF_PADDED=half_padded,
         HEADS_PER_PROGRAM=_HEADS_PER_PROGRAM,
+        SPLITS=num_splits,
         num_warps=_num_warps(_HEADS_PER_PROGRAM * half_padded),
+        **early_launch(qkv, num_tokens),
     )
-    heads = qkv.view(num_tokens, all_heads, head_dim)
+    heads = out.view(num_tokens, all_heads, head_dim)
     q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     return q, k, v
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """`reference.silu_mul`."""
-    num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul_kernel[(num_tokens, triton.cdiv(size, _SILU_BLOCK))](
-        gate_up,
-        out,
-        gate_up.stride(0),
-        size,
-        BLOCK=_SILU_BLOCK,
-        num_warps=_num_warps(_SILU_BLOCK),
-    )
-    return out
+def _splits(x: Tensor) -> tuple[int, int]:
+    """How many partial sums x holds, and how far apart: S of [S, N, F], one of [N, F]."""
+    return (x.shape[0], x.stride(0)) if x.dim() == 3 else (1, 0)
 
 
 def _num_warps(num_elements: int) -> int:
@@ -129,10 +148,12 @@ def _rms_norm_kernel(
     size: tl.tensor,
     eps: tl.tensor,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
+    enter_early(EARLY)
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps) * weight
@@ -146,16 +167,20 @@ def _add_rms_norm_kernel(
     weight_ptr: tl.tensor,
     out_ptr: tl.tensor,
     x_stride: tl.tensor,
+    split_stride: tl.tensor,
     residual_stride: tl.tensor,
     size: tl.tensor,
     eps: tl.tensor,
+    SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
     residual_ptrs = residual_ptr + row * residual_stride + columns
-    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    enter_early(EARLY)
+    x = _load_sum(x_ptr + row * x_stride + columns, inside, split_stride, SPLITS)
     total = x + tl.load(residual_ptrs, mask=inside, other=0.0).to(tl.float32)
     tl.store(residual_ptrs, total, mask=inside)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
@@ -166,6 +191,7 @@ def _add_rms_norm_kernel(
 @triton.jit
 def _rope_and_cache_kernel(
     qkv_ptr: tl.tensor,
+    out_ptr: tl.tensor,
     positions_ptr: tl.tensor,
     cos_sin_ptr: tl.tensor,
     k_cache_ptr: tl.tensor,
@@ -174,6 +200,8 @@ def _rope_and_cache_kernel(
     q_weight_ptr: tl.tensor,
     k_weight_ptr: tl.tensor,
     qkv_stride: tl.tensor,
+    split_stride: tl.tensor,
+    out_stride: tl.tensor,
     k_block_stride: tl.tensor,
     k_slot_stride: tl.tensor,
     v_block_stride: tl.tensor,
@@ -185,6 +213,8 @@ def _rope_and_cache_kernel(
     HALF: tl.constexpr,
     HALF_PADDED: tl.constexpr,
     HEADS_PER_PROGRAM: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS_PER_PROGRAM + tl.arange(0, HEADS_PER_PROGRAM)[:, None]
@@ -196,8 +226,9 @@ def _rope_and_cache_kernel(
 
     qkv_ptrs = qkv_ptr + token * qkv_stride + heads * (2 * HALF) + dims
     present = inside & (heads < H + 2 * K)
-    first = tl.load(qkv_ptrs, mask=present, other=0.0).to(tl.float32)
-    second = tl.load(qkv_ptrs + HALF, mask=present, other=0.0).to(tl.float32)
+    enter_early(EARLY)
+    first = _load_sum(qkv_ptrs, present, split_stride, SPLITS)
+    second = _load_sum(qkv_ptrs + HALF, present, split_stride, SPLITS)
 
     slot = tl.load(slot_mapping_ptr + token)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
@@ -205,6 +236,10 @@ def _rope_and_cache_kernel(
     v_ptrs += (heads - H - K) * (2 * HALF) + dims
     tl.store(v_ptrs, first, mask=inside & is_v)
     tl.store(v_ptrs + HALF, second, mask=inside & is_v)
+    out_ptrs = out_ptr + token * out_stride + heads * (2 * HALF) + dims
+    if SPLITS > 1:
+        tl.store(out_ptrs, first, mask=inside & is_v)
+        tl.store(out_ptrs + HALF, second, mask=inside & is_v)
 
     if q_weight_ptr is not None:
         first, second = _normed_heads(first, second, q_weight_ptr, dims, is_q, eps, HALF)
@@ -216,13 +251,24 @@ def _rope_and_cache_kernel(
     sin = tl.load(cos_ptrs + HALF, mask=inside, other=0.0)
     rotated_first = first * cos - second * sin
     rotated_second = second * cos + first * sin
-    tl.store(qkv_ptrs, rotated_first, mask=inside & (is_q | is_k))
-    tl.store(qkv_ptrs + HALF, rotated_second, mask=inside & (is_q | is_k))
+    tl.store(out_ptrs, rotated_first, mask=inside & (is_q | is_k))
+    tl.store(out_ptrs + HALF, rotated_second, mask=inside & (is_q | is_k))
 
     k_ptrs = k_cache_ptr + block * k_block_stride + offset * k_slot_stride
     k_ptrs += (heads - H) * (2 * HALF) + dims
     tl.store(k_ptrs, rotated_first, mask=inside & is_k)
     tl.store(k_ptrs + HALF, rotated_second, mask=inside & is_k)
+
+
+@triton.jit
+def _load_sum(
+    ptrs: tl.tensor, inside: tl.tensor, split_stride: tl.tensor, SPLITS: tl.constexpr
+) -> tl.tensor:
+    """The sum over SPLITS partial sums, in their order, in float32."""
+    total = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(ptrs + split * split_stride, mask=inside, other=0.0).to(tl.float32)
+    return total
 
 
 @triton.jit
@@ -244,20 +290,3 @@ def _normed_heads(
         tl.where(chosen, first * scale * weight_first, first),
         tl.where(chosen, second * scale * weight_second, second),
     )
-
-
-@triton.jit
-def _silu_mul_kernel(
-    gate_up_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    stride: tl.tensor,
-    size: tl.tensor,
-    BLOCK: tl.constexpr,
-) -> None:
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < size
-    gate_ptrs = gate_up_ptr + row * stride + columns
-    gate = tl.load(gate_ptrs, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_ptrs + size, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * size + columns, gate * tl.sigmoid(gate) * up, mask=inside)

@@ -26,12 +26,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """residual += x in place, and the RMSNorm of the sum. x, residual: [N, E].
+    """residual += x in place, and the RMSNorm of the sum. residual: [N, E]; x: [N, E], or the
+    partial sums of a product, float32 [S, N, E].
 
     The norm is taken of the float32 sum, not of the sum as rounded to residual's dtype."""
-    total = x.float() + residual.float()
+    total = _summed(x).float() + residual.float()
     residual.copy_(total)
-    return _normed(total, weight, eps).to(x.dtype)
+    return _normed(total, weight, eps).to(residual.dtype)
 
 
 def rope_and_cache(
@@ -50,7 +51,8 @@ def rope_and_cache(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm (where a weight is given) and RoPE of q and k in place, and k and v into the caches.
 
-    qkv: [N, (H + 2K) * D], q | k | v; its rows may be strided.
+    qkv: [N, (H + 2K) * D], q | k | v; its rows may be strided. Or the partial sums of that
+        product, float32 [S, N, (H + 2K) * D]; then the result is a new tensor of the caches' dtype.
     positions: int64 [N].
     cos_sin: float32 [P, D], cos then sin of the D/2 angles. Rotation pairs d with d + D/2, as
         Hugging Face's Llama does.
@@ -58,8 +60,10 @@ def rope_and_cache(
     slot_mapping: int64 [N], block * block_size + offset. Tokens that share a slot (padding rows in
         the null block) leave the K/V of any one of them there.
     q_weight, k_weight: [D] or None.
-    Returns q [N, H, D], k [N, K, D], v [N, K, D]: views of qkv.
+    Returns q [N, H, D], k [N, K, D], v [N, K, D]: views of qkv, or of the new tensor.
     """
+    if qkv.dim() == 3:
+        qkv = _summed(qkv).to(k_cache.dtype)
     num_tokens, head_dim = qkv.shape[0], cos_sin.shape[1]
     heads = qkv.view(num_tokens, num_heads + 2 * num_kv_heads, head_dim)
     q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
@@ -73,10 +77,17 @@ def rope_and_cache(
     return q, k, v
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, float32 inside. gate_up: [N, 2I], gate | up; the result is [N, I]."""
-    gate, up = gate_up.float().chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool = False) -> Tensor:
+    """x [N, C] times weight [F, C] transposed, plus bias [F]: [N, F] of x's dtype; or, unless
+    `whole`, its partial sums over parts of C, float32 [S, N, F]."""
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """silu(gate) * up, float32 inside, of the product with weight [2I, C], gate over up, plus bias
+    [2I]: [N, I]. The product is rounded to x's dtype first."""
+    gate, up = linear(x, weight, bias).float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
 
 
 def sample(
@@ -162,6 +173,11 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...]) -> tuple[Tensor
         )
         k0, k1 = (k0 + _PHILOX_W0) & _U32, (k1 + _PHILOX_W1) & _U32
     return c0, c1, c2, c3
+
+
+def _summed(x: Tensor) -> Tensor:
+    """A product whose partial sums x may be."""
+    return x.sum(dim=0) if x.dim() == 3 else x
 
 
 def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

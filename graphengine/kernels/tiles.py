@@ -1,0 +1,72 @@
+"""Into which pieces is a matrix product of few rows cut? Rules, from the product's shape alone.
+
+Not from a measurement at start-up: the cut decides how sums round, and a job that goes on after a
+crash must get the tokens it would have got. The figures behind the rules are in perf/LOG.md.
+
+Letters: N tokens, F output features, C input features, S splits of C, I intermediate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# Above this many rows arithmetic counts too, and cuBLAS is ahead.
+MAX_ROWS = 64
+# Fewer rows tl.dot does not take.
+_MIN_ROWS = 16
+# Programs that keep the 132 multiprocessors of an H100 or H200 at work, and the least depth of one.
+_MIN_PROGRAMS = 192
+_MIN_SPLIT_DEPTH = 512
+# From so many output features on there are programs enough with large tiles: an LM head.
+_MANY_FEATURES = 2**15
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """block_f x block_c elements of the weight at a time, C in `splits`, so many loads ahead."""
+
+    block_f: int
+    block_c: int
+    splits: int
+    num_stages: int
+
+
+def linear_tiles(num_rows: int, num_features: int, depth: int, *, whole: bool) -> Tiles | None:
+    """How to cut [N, C] x [F, C]; None leaves it to cuBLAS. whole: without splits."""
+    if num_rows > MAX_ROWS:
+        return None
+    padded = padded_rows(num_rows)
+    if num_features >= _MANY_FEATURES:
+        tiles = {16: Tiles(64, 128, 1, 4), 32: Tiles(128, 128, 1, 3), 64: Tiles(128, 64, 1, 4)}
+        return _checked(tiles[padded], num_features, depth)
+    splits = 1
+    while (
+        not whole
+        and num_features // 32 * splits < _MIN_PROGRAMS
+        and depth // (2 * splits) >= _MIN_SPLIT_DEPTH
+        and depth % (2 * splits * 128) == 0
+    ):
+        splits *= 2
+    return _checked(Tiles(32, 128, splits, 4 if padded == 64 else 6), num_features, depth)
+
+
+def silu_tiles(num_rows: int, num_features: int, depth: int) -> Tiles | None:
+    """How to cut [N, C] x [2I, C] under SiLU, F = I; None leaves the product to cuBLAS."""
+    if num_rows > MAX_ROWS:
+        return None
+    if num_features // 64 >= _MIN_PROGRAMS:
+        tiles = Tiles(64, 64, 1, 5 if padded_rows(num_rows) == _MIN_ROWS else 4)
+    else:
+        tiles = Tiles(32, 128, 1, 4)
+    return _checked(tiles, num_features, depth)
+
+
+def padded_rows(num_rows: int) -> int:
+    """Rows a program works on: a power of 2."""
+    return max(_MIN_ROWS, 1 << (num_rows - 1).bit_length())
+
+
+def _checked(tiles: Tiles, num_features: int, depth: int) -> Tiles | None:
+    """None for a shape that the tiles do not divide."""
+    fits = num_features % tiles.block_f == 0 and depth % (tiles.splits * tiles.block_c) == 0
+    return tiles if fits else None
