@@ -238,6 +238,9 @@ class Scheduler:
             rows = rows[~np.isin(rows, list(preempted))]
         if len(rows) == 0:
             return None
+        # Longest first: attention starts its programs in this order, and a long one that starts
+        # last is waited for alone.
+        rows = rows[np.argsort(-table.num_computed[rows], kind="stable")]
         table.num_computed[rows] += 1
         table.num_launched[rows] += 1
         return DecodeBatch(rows, table.epochs[rows])

@@ -32,6 +32,8 @@ MODES = {
     "eager": {"async_scheduling": False, "enforce_eager": True},
 }
 Json = dict[str, Any]
+# Lengths of the run that warms up, of those measured: enough for every kernel and buffer.
+_WARMUP_SHARE = 0.25
 
 
 def run(
@@ -173,7 +175,8 @@ def _run_group(
                     values = _grid(workload, llm, probe, scale, bandwidth)
                     detail: Json = {}
                 else:
-                    values, detail = _requests(workload, llm, scale, bandwidth)
+                    share = scale if repeat >= 0 else scale * _WARMUP_SHARE
+                    values, detail = _requests(workload, llm, share, bandwidth)
                 if repeat >= 0:
                     measured[workload.name].append(values)
                     details[workload.name] = detail

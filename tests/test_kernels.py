@@ -311,8 +311,8 @@ def test_fused_norms_and_silu_are_their_twins(
 def test_fused_products_are_their_twins(
     fused: ModuleType, num_rows: int, has_bias: bool, dtype: torch.dtype
 ) -> None:
-    """Against float64. What is left is one rounding to the dtype, and for SiLU that of gate and up:
-    an error of half a unit in each, in values of order 1."""
+    """Against float64. What is left is the rounding of results up to about 4, for SiLU that of gate
+    and up too, and in float32 that of the sums."""
     for num_features, depth in ((4096, 1024), (1024, 3072), (2**15, 256), (1000, 320)):
         x = randn(num_rows, depth, dtype=dtype).to(CUDA)
         weight = (randn(num_features, depth, seed=1) / depth**0.5).to(CUDA, dtype)
@@ -324,7 +324,7 @@ def test_fused_products_are_their_twins(
                 assert not whole
                 result = result.sum(0)
             error = (result.double() - exact).abs().max()
-            assert error < 4 * torch.finfo(dtype).eps, (num_features, depth, whole)
+            assert error < 16 * torch.finfo(dtype).eps, (num_features, depth, whole)
         expected = reference.linear_silu_mul(x.double(), weight.double(), bias_of(bias))
         error = (fused.linear_silu_mul(x, weight, bias).double() - expected).abs().max()
         assert error < 16 * torch.finfo(dtype).eps, (num_features, depth)

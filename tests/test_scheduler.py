@@ -711,7 +711,7 @@ def test_rows_that_fill_their_blocks_together_get_one_each_of_their_own() -> Non
     held = table.num_blocks[prefill.rows].tolist()
     decode = scheduler.schedule()
     assert decode is not None
-    assert table.num_blocks[decode.rows].tolist() == [count + 1 for count in held]
+    assert table.num_blocks[prefill.rows].tolist() == [count + 1 for count in held]
     used = [
         block
         for row in decode.rows.tolist()
@@ -719,3 +719,15 @@ def test_rows_that_fill_their_blocks_together_get_one_each_of_their_own() -> Non
     ]
     assert len(set(used)) == len(used) == 40 - blocks.num_free
     assert 0 not in used
+
+
+def test_decode_rows_are_longest_first_whoever_came_first() -> None:
+    table = SequenceTable(4, 64, 4)
+    scheduler = Scheduler(table, BlockManager(40, 4), max_num_batched_tokens=64)
+    for index, length in enumerate((3, 9, 1, 9)):
+        scheduler.add(make_sequence(index, [5] * length, max_tokens=9))
+    assert scheduler.schedule() is not None
+    batch = scheduler.schedule()
+    assert isinstance(batch, DecodeBatch)
+    sequences = [table.sequences[idx] for idx in batch.rows.tolist()]
+    assert [sequence.index for sequence in sequences if sequence] == [1, 3, 0, 2]

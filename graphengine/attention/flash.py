@@ -1,8 +1,8 @@
 """How does attention run on CUDA? FlashAttention 2, or our own kernel where decoding gains by it.
 
-flash-attn gives each program 64 query rows; a decode step has H / K of them for a kv head. Beyond
-100 rows, and with very few, `kernels.paged_decode` is ahead (figures in perf/LOG.md); between them
-flash-attn is.
+flash-attn gives each program 64 query rows; a decode step has H / K of them for a kv head. From
+128 rows on `kernels.paged_decode` is ahead, and so it is for so few that flash-attn splits the
+context: it sizes the splits by the table's width, not by the context. Figures: perf/LOG.md.
 
 Letters: N tokens, B decode rows, H query heads, K kv heads, D head dim.
 """
@@ -20,12 +20,12 @@ from graphengine.errors import BackendError, ConfigError
 _BLOCK_MULTIPLE = 256  # flash_api.cpp: "Paged KV cache block size must be divisible by 256"
 _MAX_HEAD_DIM = 256
 _MIN_CAPABILITY = (8, 0)
-# Where paged_decode takes over: from so many rows on, one program for a row and kv head; and up to
-# so many programs of few query heads, each in so many splits.
+# paged_decode takes over from so many rows on, with one program for a row and kv head; and where
+# there would be fewer programs than 0.8 of an H100's or H200's multiprocessors, with more splits.
 _MANY_ROWS = 128
-_FEW_PROGRAMS = 16
-_FEW_HEADS = 2
-_SPLITS = 16
+_FEW_PROGRAMS = 105
+_SPLIT_PROGRAMS = 256
+_MAX_SPLITS = 16
 
 
 class FlashAttention:
@@ -37,13 +37,16 @@ class FlashAttention:
     def __init__(self) -> None:
         """Raises BackendError if flash-attn cannot be imported."""
         try:
-            flash_attn = importlib.import_module("flash_attn")
+            flash_attn = importlib.import_module("flash_attn.flash_attn_interface")
         except ImportError as error:
             raise BackendError(
                 f'attention "flash" needs flash-attn, which cannot be imported ({error}); install '
                 'it with: pip install "graphengine[cuda]", or choose attention "reference" (slow)'
             ) from error
-        self._varlen = flash_attn.flash_attn_varlen_func
+        # flash_attn_varlen_func is a torch custom operator, whose first call imports torch._dynamo:
+        # seconds of every start. This is the function that it wraps.
+        varlen = flash_attn._flash_attn_varlen_forward
+        self._varlen = getattr(varlen, "_init_fn", varlen)
         self._with_kvcache = flash_attn.flash_attn_with_kvcache
         self._arrivals: Tensor | None = None
 
@@ -96,6 +99,7 @@ class FlashAttention:
     ) -> Tensor:
         """See AttentionBackend. Without context the step's own k and v are read, not the cache."""
         paged = metadata.has_context
+        left, right = _window_size(window)
         out: Tensor = self._varlen(
             q,
             k_cache if paged else k,
@@ -104,10 +108,13 @@ class FlashAttention:
             cu_seqlens_k=metadata.cu_seqlens_k,
             max_seqlen_q=metadata.max_seqlen_q,
             max_seqlen_k=metadata.max_seqlen_k,
+            dropout_p=0.0,
+            softmax_scale=q.shape[-1] ** -0.5,
             causal=True,
-            window_size=_window_size(window),
+            window_size_left=left,
+            window_size_right=right,
             block_table=metadata.block_tables if paged else None,
-        )
+        )[0]
         return out
 
     def decode(
@@ -121,8 +128,7 @@ class FlashAttention:
     ) -> Tensor:
         """See AttentionBackend. The number of splits follows from B and the table's width, which
         are fixed in a captured graph."""
-        num_rows, num_heads, head_dim = q.shape
-        num_splits = decode_splits(num_rows, num_heads, head_dim, k_cache.shape[2])
+        num_splits = decode_splits(q.shape[0], *k_cache.shape[2:])
         if num_splits is not None:
             return self._paged_decode(q, k_cache, v_cache, metadata, window, num_splits)
         out: Tensor = self._with_kvcache(
@@ -162,14 +168,16 @@ class FlashAttention:
         )
 
 
-def decode_splits(num_rows: int, num_heads: int, head_dim: int, num_kv_heads: int) -> int | None:
+def decode_splits(num_rows: int, num_kv_heads: int, head_dim: int) -> int | None:
     """Splits of a decode step by `kernels.paged_decode`; None where flash-attn is to run it."""
     if head_dim & (head_dim - 1):
         return None
     if num_rows >= _MANY_ROWS:
         return 1
-    is_few = num_rows * num_kv_heads <= _FEW_PROGRAMS and num_heads // num_kv_heads <= _FEW_HEADS
-    return _SPLITS if is_few else None
+    num_programs = num_rows * num_kv_heads
+    if num_programs > _FEW_PROGRAMS:
+        return None
+    return min(_MAX_SPLITS, _SPLIT_PROGRAMS // num_programs)
 
 
 def _window_size(window: int | None) -> tuple[int, int]:
