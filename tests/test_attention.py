@@ -315,14 +315,18 @@ def test_flash_gives_what_the_reference_gives(head_dim: int, window: int | None)
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "num_kv_heads", "splits"),
-    [(1, 8, 16), (2, 8, 16), (8, 8, 4), (13, 8, 2), (14, 8, None), (127, 8, None), (128, 8, 1)],
+    ("num_rows", "num_heads", "splits"),
+    [
+        *((1, 16, 16), (2, 16, 16), (8, 16, 4), (13, 16, 2), (14, 16, None)),
+        *((127, 16, None), (128, 16, 1), (1, 32, None), (128, 32, 1)),
+    ],
 )
 def test_decoding_goes_where_it_was_faster(
-    num_rows: int, num_kv_heads: int, splits: int | None
+    num_rows: int, num_heads: int, splits: int | None
 ) -> None:
-    assert decode_splits(num_rows, num_kv_heads, 128) == splits
-    assert decode_splits(num_rows, num_kv_heads, 96) is None, "no power of 2"
+    heads = {"num_heads": num_heads, "num_kv_heads": 8}
+    assert decode_splits(num_rows, **heads, head_dim=128) == splits
+    assert decode_splits(num_rows, **heads, head_dim=96) is None, "no power of 2"
 
 
 @pytest.mark.gpu

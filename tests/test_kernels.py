@@ -223,12 +223,18 @@ PRODUCTS = [(6144, 4096), (4096, 4096), (4096, 14336), (4096, 1024), (1024, 2048
 def test_products_of_real_models_are_cut_into_whole_pieces(num_rows: int) -> None:
     for num_features, depth in PRODUCTS:
         tiles = linear_tiles(num_rows, num_features, depth, whole=False)
+        if num_rows <= 16 and num_features * depth >= 2**24:
+            assert tiles is None, "cuBLAS is ahead"
+            continue
         assert tiles is not None
         assert num_features % tiles.block_f == 0
         assert depth % (tiles.splits * tiles.block_c) == 0
         assert num_features // tiles.block_f * tiles.splits >= 128, "multiprocessors stay idle"
     for num_features, depth in ((14336, 4096), (3072, 1024)):
         tiles = silu_tiles(num_rows, num_features, depth)
+        if num_rows <= 16 and num_features * depth >= 2**24:
+            assert tiles is None
+            continue
         assert tiles is not None
         assert tiles.splits == 1, "SiLU takes whole sums"
     head = linear_tiles(num_rows, 151936, 1024, whole=True)
@@ -311,8 +317,14 @@ def test_fused_norms_and_silu_are_their_twins(
 def test_fused_products_are_their_twins(
     fused: ModuleType, num_rows: int, has_bias: bool, dtype: torch.dtype
 ) -> None:
-    """Against float64. What is left is the rounding of results up to about 4, for SiLU that of gate
-    and up too, and in float32 that of the sums."""
+    """Against float64. An error may be some units in the last place of the result; SiLU multiplies
+    two rounded values of up to about 4, and float32 sums round too."""
+    eps = torch.finfo(dtype).eps
+
+    def check(result: Tensor, expected: Tensor, num_eps: int) -> None:
+        error = (result.double() - expected).abs() / (1.0 + expected.abs())
+        assert error.max() < num_eps * eps, (num_rows, weight.shape)
+
     for num_features, depth in ((4096, 1024), (1024, 3072), (2**15, 256), (1000, 320)):
         x = randn(num_rows, depth, dtype=dtype).to(CUDA)
         weight = (randn(num_features, depth, seed=1) / depth**0.5).to(CUDA, dtype)
@@ -323,15 +335,10 @@ def test_fused_products_are_their_twins(
             if result.dim() == 3:
                 assert not whole
                 result = result.sum(0)
-            error = (result.double() - exact).abs().max()
-            assert error < 16 * torch.finfo(dtype).eps, (num_features, depth, whole)
-        expected = reference.linear_silu_mul(x.double(), weight.double(), bias_of(bias))
-        error = (fused.linear_silu_mul(x, weight, bias).double() - expected).abs().max()
-        assert error < 16 * torch.finfo(dtype).eps, (num_features, depth)
-
-
-def bias_of(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.double()
+            check(result, exact, 16 if dtype == torch.float32 else 2)
+        gate, up = exact.chunk(2, dim=-1)
+        activated = torch.nn.functional.silu(gate) * up
+        check(fused.linear_silu_mul(x, weight, bias), activated, 32 if eps < 1e-6 else 8)
 
 
 @pytest.mark.gpu

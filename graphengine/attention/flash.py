@@ -1,8 +1,9 @@
 """How does attention run on CUDA? FlashAttention 2, or our own kernel where decoding gains by it.
 
 flash-attn gives each program 64 query rows; a decode step has H / K of them for a kv head. From
-128 rows on `kernels.paged_decode` is ahead, and so it is for so few that flash-attn splits the
-context: it sizes the splits by the table's width, not by the context. Figures: perf/LOG.md.
+128 rows on `kernels.paged_decode` is ahead. With two query heads each so it is for so few rows that
+flash-attn splits the context, which it does by the table's width, not by the context's length.
+Figures: perf/LOG.md.
 
 Letters: N tokens, B decode rows, H query heads, K kv heads, D head dim.
 """
@@ -20,10 +21,12 @@ from graphengine.errors import BackendError, ConfigError
 _BLOCK_MULTIPLE = 256  # flash_api.cpp: "Paged KV cache block size must be divisible by 256"
 _MAX_HEAD_DIM = 256
 _MIN_CAPABILITY = (8, 0)
-# paged_decode takes over from so many rows on, with one program for a row and kv head; and where
-# there would be fewer programs than 0.8 of an H100's or H200's multiprocessors, with more splits.
+# paged_decode takes over from so many rows on, with one program for a row and kv head; and, of few
+# query heads a kv head, where there would be fewer programs than 0.8 of an H100's or H200's
+# multiprocessors, with more splits. (With four query heads each it lost 0.7 ms of an 8B step.)
 _MANY_ROWS = 128
 _FEW_PROGRAMS = 105
+_FEW_HEADS = 2
 _SPLIT_PROGRAMS = 256
 _MAX_SPLITS = 16
 
@@ -128,7 +131,10 @@ class FlashAttention:
     ) -> Tensor:
         """See AttentionBackend. The number of splits follows from B and the table's width, which
         are fixed in a captured graph."""
-        num_splits = decode_splits(q.shape[0], *k_cache.shape[2:])
+        num_rows, num_heads, head_dim = q.shape
+        num_splits = decode_splits(
+            num_rows, num_heads=num_heads, num_kv_heads=k_cache.shape[2], head_dim=head_dim
+        )
         if num_splits is not None:
             return self._paged_decode(q, k_cache, v_cache, metadata, window, num_splits)
         out: Tensor = self._with_kvcache(
@@ -168,14 +174,14 @@ class FlashAttention:
         )
 
 
-def decode_splits(num_rows: int, num_kv_heads: int, head_dim: int) -> int | None:
+def decode_splits(num_rows: int, *, num_heads: int, num_kv_heads: int, head_dim: int) -> int | None:
     """Splits of a decode step by `kernels.paged_decode`; None where flash-attn is to run it."""
     if head_dim & (head_dim - 1):
         return None
     if num_rows >= _MANY_ROWS:
         return 1
     num_programs = num_rows * num_kv_heads
-    if num_programs > _FEW_PROGRAMS:
+    if num_programs > _FEW_PROGRAMS or num_heads // num_kv_heads > _FEW_HEADS:
         return None
     return min(_MAX_SPLITS, _SPLIT_PROGRAMS // num_programs)
 

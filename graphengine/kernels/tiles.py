@@ -17,6 +17,8 @@ _MIN_ROWS = 16
 # Programs that keep the 132 multiprocessors of an H100 or H200 at work, and the least depth of one.
 _MIN_PROGRAMS = 192
 _MIN_SPLIT_DEPTH = 512
+# Up to 16 rows of a weight of so many elements cuBLAS is ahead: 32 MiB are read for long enough.
+_LARGE_WEIGHT = 2**24
 # From so many output features on there are programs enough with large tiles: an LM head.
 _MANY_FEATURES = 2**15
 
@@ -39,6 +41,8 @@ def linear_tiles(num_rows: int, num_features: int, depth: int, *, whole: bool) -
     if num_features >= _MANY_FEATURES:
         tiles = {16: Tiles(64, 128, 1, 4), 32: Tiles(128, 128, 1, 3), 64: Tiles(128, 64, 1, 4)}
         return _checked(tiles[padded], num_features, depth)
+    if _is_left_to_cublas(padded, num_features * depth):
+        return None
     splits = 1
     while (
         not whole
@@ -52,10 +56,11 @@ def linear_tiles(num_rows: int, num_features: int, depth: int, *, whole: bool) -
 
 def silu_tiles(num_rows: int, num_features: int, depth: int) -> Tiles | None:
     """How to cut [N, C] x [2I, C] under SiLU, F = I; None leaves the product to cuBLAS."""
-    if num_rows > MAX_ROWS:
+    padded = padded_rows(num_rows)
+    if num_rows > MAX_ROWS or _is_left_to_cublas(padded, 2 * num_features * depth):
         return None
     if num_features // 64 >= _MIN_PROGRAMS:
-        tiles = Tiles(64, 64, 1, 5 if padded_rows(num_rows) == _MIN_ROWS else 4)
+        tiles = Tiles(64, 64, 1, 4)
     else:
         tiles = Tiles(32, 128, 1, 4)
     return _checked(tiles, num_features, depth)
@@ -64,6 +69,10 @@ def silu_tiles(num_rows: int, num_features: int, depth: int) -> Tiles | None:
 def padded_rows(num_rows: int) -> int:
     """Rows a program works on: a power of 2."""
     return max(_MIN_ROWS, 1 << (num_rows - 1).bit_length())
+
+
+def _is_left_to_cublas(padded: int, num_elements: int) -> bool:
+    return padded == _MIN_ROWS and num_elements >= _LARGE_WEIGHT
 
 
 def _checked(tiles: Tiles, num_features: int, depth: int) -> Tiles | None:
