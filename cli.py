@@ -13,15 +13,41 @@ import typer
 from rich.console import Console
 
 from graphengine.config import (
-    ATTENTION,
-    DEVICES,
-    DTYPES,
-    LOAD_FORMATS,
     EngineConfig,
     engine_config,
 )
 from graphengine.errors import ConfigError
 from graphengine.exit_codes import BAD_INPUT, errors_as_exit_codes, say
+from graphengine.jobs.command import run
+from graphengine.options import (
+    Attention,
+    BlockSize,
+    Device,
+    Dtype,
+    GpuMemoryUtilization,
+    IgnoreEos,
+    KVCacheMemoryBytes,
+    LoadFormat,
+    MaxModelLen,
+    MaxNumBatchedTokens,
+    MaxNumSeqs,
+    MaxTokens,
+    MinP,
+    MinTokens,
+    Model,
+    NoGraphs,
+    NoOverlap,
+    Seed,
+    SkipSpecialTokens,
+    Stop,
+    StopTokenIds,
+    Temperature,
+    Tokenizer,
+    TopK,
+    TopP,
+    Trace,
+    parse_ids,
+)
 from graphengine.output_file import (
     STDOUT,
     JsonlWriter,
@@ -32,7 +58,7 @@ from graphengine.output_file import (
     write_errors,
     write_in_order,
 )
-from graphengine.progress import Progress, summary
+from graphengine.progress import Progress, status_line, summary
 from graphengine.prompt_file import check_prompts, open_prompts
 from graphengine.request import SamplingParams
 from perf.commands import perf_app
@@ -53,6 +79,7 @@ app = typer.Typer(
     # Plain help: the rich one cuts option names short on 80 columns.
     rich_markup_mode=None,
 )
+app.command()(run)
 app.add_typer(perf_app, name="perf")
 
 
@@ -61,64 +88,6 @@ def main() -> None:
         # A character that its encoding lacks becomes a "?"; it is no reason to end a run.
         sys.stdout.reconfigure(errors="replace")
     app()
-
-
-# Options of several commands. Names, meanings and defaults are those of EngineConfig.
-Model = Annotated[str, typer.Argument(help="A local directory, a hub id, or 'demo'.")]
-Tokenizer = Annotated[str | None, typer.Option(help="Directory or hub id, if not the model's own.")]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        metavar="|".join(DTYPES), help="auto: the checkpoint's on CUDA, float32 on the CPU."
-    ),
-]
-Device = Annotated[
-    str, typer.Option(metavar="|".join(DEVICES), help="auto: CUDA if there is a GPU.")
-]
-Attention = Annotated[
-    str,
-    typer.Option(metavar="|".join(ATTENTION), help="auto: flash on CUDA, reference on the CPU."),
-]
-LoadFormat = Annotated[
-    str,
-    typer.Option(
-        metavar="|".join(LOAD_FORMATS), help="dummy: seeded random weights, reads config.json only."
-    ),
-]
-MaxModelLen = Annotated[
-    int | None, typer.Option(help="Tokens of prompt and output together, if not the model's limit.")
-]
-MaxNumSeqs = Annotated[
-    int, typer.Option(help="Sequences running at once, the largest decode batch.")
-]
-MaxNumBatchedTokens = Annotated[
-    int, typer.Option(help="Tokens of one prefill step; longer prompts are chunked.")
-]
-BlockSize = Annotated[
-    int | None, typer.Option(help="Tokens per KV block, if not the attention backend's default.")
-]
-GpuMemoryUtilization = Annotated[
-    float, typer.Option(help="Share of the GPU's memory this engine may use in all.")
-]
-KVCacheMemoryBytes = Annotated[
-    int | None, typer.Option(help="KV memory, instead of a figure from free memory.")
-]
-NoGraphs = Annotated[
-    bool, typer.Option("--no-graphs", help="Call the same step instead of replaying it.")
-]
-Trace = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        help="Write what ran when, host and device, for Perfetto or Chrome's tracing page.",
-    ),
-]
-NoOverlap = Annotated[
-    bool, typer.Option("--no-overlap", help="Wait for a step before the next is scheduled.")
-]
-Seed = Annotated[
-    int, typer.Option(help="Of sampling (each request derives its own) and of dummy weights.")
-]
 
 
 @app.command()
@@ -143,30 +112,17 @@ def generate(
             help="Write JSONL there, in input order. Without it the texts go to standard output.",
         ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
-    min_tokens: Annotated[int, typer.Option(help="No stop before that many tokens.")] = 0,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Keep the likeliest tokens up to this probability.")
-    ] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(help="Keep tokens with this share of the likeliest one's probability.")
-    ] = 0.0,
+    max_tokens: MaxTokens = 256,
+    min_tokens: MinTokens = 0,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
     seed: Seed = EngineConfig.seed,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="The text ends before this string. May be repeated.")
-    ] = None,
-    stop_token_ids: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ID[,ID...]", help="Token ids that end an output. May be repeated."),
-    ] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token.")
-    ] = False,
-    skip_special_tokens: Annotated[
-        bool, typer.Option(help="Leave special tokens out of the text.")
-    ] = True,
+    stop: Stop = None,
+    stop_token_ids: StopTokenIds = None,
+    ignore_eos: IgnoreEos = False,
+    skip_special_tokens: SkipSpecialTokens = True,
     tokenizer: Tokenizer = None,
     dtype: Dtype = EngineConfig.dtype,
     device: Device = EngineConfig.device,
@@ -216,7 +172,7 @@ def generate(
             top_p=top_p,
             min_p=min_p,
             stop=tuple(stop or ()),
-            stop_token_ids=_parse_ids(stop_token_ids or []),
+            stop_token_ids=parse_ids(stop_token_ids or []),
             ignore_eos=ignore_eos,
             skip_special_tokens=skip_special_tokens,
         )
@@ -249,7 +205,8 @@ def _generate(
             # Closed before the engine is, also when writing fails.
             stream = llm.stream(requests, sampling_params)
             outputs = stack.enter_context(contextlib.closing(stream))
-            with Progress(llm.stats, requests.num_requests, console):
+            total = requests.num_requests
+            with Progress(llm.stats, lambda: total, console, line=status_line):
                 write_in_order(outputs, writer)
         finally:
             stats = llm.stats()
@@ -329,15 +286,6 @@ def _print_plan(model: str, plan: Plan) -> None:
     print(f"  sequences at once, prompt and output together, of {plan.max_model_len:,} at most:")
     for num_tokens, num_sequences in plan.sequences_by_length.items():
         print(f"{num_sequences:12,} of {num_tokens:,} tokens")
-
-
-def _parse_ids(values: list[str]) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for value in values for part in value.split(","))
-    except ValueError as error:
-        raise ConfigError(
-            f"--stop-token-ids is {','.join(values)!r}; give whole numbers, as in 2,128001"
-        ) from error
 
 
 def _progress_console(output: str | None) -> Console:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from graphengine.version import __version__
+
 if TYPE_CHECKING:
     from graphengine.config import EngineConfig
     from graphengine.engine import LLM
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
         SamplingParams,
     )
 
-__version__ = "0.1.0"
-
 __all__ = [
     "LLM",
     "CompletionOutput",
@@ -33,6 +33,7 @@ __all__ = [
     "Request",
     "RequestOutput",
     "SamplingParams",
+    "__version__",
 ]
 
 _HOMES = {

@@ -31,3 +31,11 @@ class RequestError(GraphEngineError):
 
 class InputError(GraphEngineError):
     """A prompt file cannot be read; names the file and the line."""
+
+
+class OutputError(GraphEngineError):
+    """A job's output cannot be written or gone on with; what is in it stays valid."""
+
+
+class WorkersLostError(GraphEngineError):
+    """Every worker process of a job died; the job can be resumed. The CLI exits with 3."""

@@ -89,7 +89,7 @@ class Intake:
             prompt=text,
             prompt_token_ids=token_ids,
             params=params,
-            seed=_mix(self._seed, index) if params.seed is None else params.seed,
+            seed=derived_seed(self._seed, index) if params.seed is None else params.seed,
             stop_ids=stop_ids,
             max_total=min(self._max_model_len, len(token_ids) + max_tokens),
         )
@@ -143,7 +143,7 @@ def refused(index: int, request_id: str, prompt: str | None, error: str) -> Requ
     return RequestOutput(request_id, index, prompt, [], [completion], error=error)
 
 
-def _mix(seed: int, index: int) -> int:
+def derived_seed(seed: int, index: int) -> int:
     """A seed in [0, 2**63) for request `index`: the splitmix64 finalizer (Steele, Lea and Flood,
     OOPSLA 2014), so that neighbours are unrelated."""
     mask = 2**64 - 1

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -25,18 +25,37 @@ _BAR_COLUMNS = 24
 _NUM_PHASES = 3  # named in the summary
 
 
-class Progress:
+class Counted(Protocol):
+    """What a bar needs of a snapshot; its line may show more."""
+
+    @property
+    def num_finished(self) -> int: ...
+    @property
+    def output_tokens(self) -> int: ...
+
+
+S = TypeVar("S", bound=Counted)
+
+
+class Progress(Generic[S]):
     """Shows `stats()` while it is entered: from a thread of its own, since the loop that it looks
     at may take seconds to finish a request.
 
-    total: number of requests, None if unknown. The console decides: a terminal gets a bar that is
-    redrawn and vanishes at the end, anything else gets lines."""
+    total: gives the number of requests as far as it is known. line: says a snapshot, that number
+    and the tokens per second of late. The console decides: a terminal gets a bar that is redrawn
+    and vanishes at the end, anything else gets lines."""
 
     def __init__(
-        self, stats: Callable[[], EngineStats], total: int | None, console: Console
+        self,
+        stats: Callable[[], S],
+        total: Callable[[], int | None],
+        console: Console,
+        *,
+        line: Callable[[S, int | None, float], str],
     ) -> None:
         self._stats = stats
         self._total = total
+        self._line = line
         self._console = console
         self._rate = Rate()
         self._stop = threading.Event()
@@ -51,7 +70,7 @@ class Progress:
                 redirect_stdout=not console.stderr,
             )
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Progress[S]:
         if self._live is not None:
             self._live.start()
         self._thread.start()
@@ -71,12 +90,12 @@ class Progress:
     def _run(self) -> None:
         interval_s = QUIET_INTERVAL_S if self._live is None else LIVE_INTERVAL_S
         while not self._stop.wait(interval_s):
-            stats = self._stats()
-            line = status_line(stats, self._total, self._rate.update(stats.output_tokens))
+            stats, total = self._stats(), self._total()
+            line = self._line(stats, total, self._rate.update(stats.output_tokens))
             if self._live is None:
                 self._console.print(line, soft_wrap=True, highlight=False, markup=False)
             else:
-                self._live.update(_bar(stats, self._total, line), refresh=True)
+                self._live.update(_bar(stats.num_finished, total, line), refresh=True)
 
 
 class Rate:
@@ -104,11 +123,11 @@ def status_line(stats: EngineStats, total: int | None, tokens_per_s: float) -> s
     )
 
 
-def _bar(stats: EngineStats, total: int | None, line: str) -> RenderableType:
+def _bar(num_finished: int, total: int | None, line: str) -> RenderableType:
     row = Table.grid(padding=(0, 1))
     row.add_column(width=_BAR_COLUMNS)
     row.add_column(no_wrap=True, overflow="ellipsis")
-    row.add_row(ProgressBar(total=total, completed=stats.num_finished, pulse=total is None), line)
+    row.add_row(ProgressBar(total=total, completed=num_finished, pulse=total is None), line)
     return row
 
 

@@ -16,12 +16,13 @@ import dataclasses
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from graphengine.entry import EXPECTED, id_of, prompt_of
 from graphengine.errors import InputError, RequestError
-from graphengine.request import PROMPT_KEYS, Request, SamplingParams, brief, check_text
+from graphengine.request import Request, SamplingParams, brief
 
 STDIN = "-"
 STDIN_FILENO = 0
@@ -154,90 +155,19 @@ def _parse_json(text: str, where: str) -> Request:
         entry = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{where}: broken JSON: {error.msg} at column {error.colno}; {_EXPECTED} on one line"
+            f"{where}: broken JSON: {error.msg} at column {error.colno}; {EXPECTED} on one line"
         ) from error
     except (ValueError, RecursionError) as error:  # a number or a nesting past Python's limits
-        raise InputError(f"{where}: broken JSON: {error}; {_EXPECTED} on one line") from error
+        raise InputError(f"{where}: broken JSON: {error}; {EXPECTED} on one line") from error
     if not isinstance(entry, dict):
-        raise InputError(f"{where}: {brief(entry)} is not a JSON object; {_EXPECTED}")
-    given = [key for key in PROMPT_KEYS if key in entry]
-    if len(given) != 1:
-        found = f"both {given[0]} and {given[1]}" if given else "no prompt"
-        raise InputError(f"{where}: has {found}; {_EXPECTED}")
-    for key in entry:
-        if key in _SAMPLING_KEYS:
-            raise InputError(
-                f"{where}: {key!r} cannot be set for one line; give it as an option for all"
-            )
-    key = given[0]
-    _CHECKS[key](entry[key], where)
-    prompt = entry[key] if key == "prompt" else {key: entry[key]}
-    return Request(prompt, request_id=_request_id(entry, where))
-
-
-_EXPECTED = 'expected {"prompt": ...}, {"messages": ...} or {"prompt_token_ids": ...}'
-
-
-def _request_id(entry: Mapping[str, object], where: str) -> str | None:
-    if "id" not in entry:
-        return None
-    value = entry["id"]
-    if not isinstance(value, str | int) or isinstance(value, bool) or value == "":
-        raise InputError(f"{where}: id is {brief(value)}; give a string or a whole number")
-    text = str(value)
-    _check_text("id", text, where)
-    return text
-
-
-def _check_prompt(value: object, where: str) -> None:
-    if not isinstance(value, str):
-        raise InputError(f"{where}: prompt is {brief(value)}; give a string")
-    if not value:
-        raise InputError(f"{where}: prompt is empty; give it at least one character")
-    _check_text("prompt", value, where)
-
-
-def _check_messages(value: object, where: str) -> None:
-    if not isinstance(value, list) or not value:
-        raise InputError(
-            f"{where}: messages is {brief(value)}; give a list of objects with role and content"
-        )
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise InputError(
-                f"{where}: messages holds {brief(message)}; give objects with role and content"
-            )
-        # A message that only calls tools has no content; templates know that.
-        is_call = message.get("content") is None and "tool_calls" in message
-        if not is_call and not isinstance(message.get("content"), str | list):
-            raise InputError(
-                f"{where}: the content of a {message['role']!r} message is "
-                f"{brief(message.get('content'))}; give a string"
-            )
-    _check_text("messages", json.dumps(value, ensure_ascii=False), where)
-
-
-def _check_token_ids(value: object, where: str) -> None:
-    if not isinstance(value, list) or not value:
-        raise InputError(
-            f"{where}: prompt_token_ids is {brief(value)}; give a list of whole numbers"
-        )
-    for token_id in value:
-        if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
-            raise InputError(
-                f"{where}: prompt_token_ids holds {brief(token_id)}; give whole numbers from 0 up"
-            )
-
-
-_CHECKS = {
-    "prompt": _check_prompt,
-    "messages": _check_messages,
-    "prompt_token_ids": _check_token_ids,
-}
-
-
-def _check_text(name: str, text: str, where: str) -> None:
+        raise InputError(f"{where}: {brief(entry)} is not a JSON object; {EXPECTED}")
     try:
-        check_text(name, text)
+        prompt = prompt_of(entry)
+        for key in entry:
+            if key in _SAMPLING_KEYS:
+                raise RequestError(
+                    f"{key!r} cannot be set for one line; give it as an option for all"
+                )
+        return Request(prompt, request_id=id_of(entry))
     except RequestError as error:
         raise InputError(f"{where}: {error}") from error

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import cli
+import graphengine
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -30,20 +31,27 @@ def name_of(requirement: str) -> str:
         "import sys, cli; sys.argv = ['graphengine', '--help']; cli.main()",
         "import sys, cli; sys.argv = ['graphengine', 'generate', '--help']; cli.main()",
         "import sys, cli; sys.argv = ['graphengine', 'generate', 'demo', '']; cli.main()",
+        "import sys, cli; sys.argv = ['graphengine', 'run', '--help']; cli.main()",
         "import sys, cli; sys.argv = ['graphengine', 'perf', '--help']; cli.main()",
         "import sys, cli; sys.argv = ['graphengine', 'perf', 'compare', 'a', 'b']; cli.main()",
     ],
 )
-def test_start_does_not_wait_for_torch(code: str) -> None:
+def test_start_waits_for_no_torch_and_needs_no_optional_package(code: str) -> None:
+    late = {"torch", "transformers", "orjson", "filelock", "pyarrow", "zstandard", "ray"}
     code = (
         f"import atexit, sys\n"
-        "atexit.register(lambda: print('slow:', {'torch', 'transformers'} & set(sys.modules)))\n"
+        f"atexit.register(lambda: print('slow:', {late!r} & set(sys.modules)))\n"
         f"{code}\n"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert run.stdout.endswith("slow: set()\n"), run.stderr
+
+
+def test_every_module_at_the_top_is_installed() -> None:
+    names = {path.stem for path in ROOT.glob("*.py")}
+    assert set(PROJECT["tool"]["setuptools"]["py-modules"]) == names
 
 
 def test_entry_point_is_the_command_line() -> None:
@@ -59,8 +67,13 @@ def test_every_direct_dependency_is_pinned() -> None:
         if "==" in line
     }
     project = PROJECT["project"]
-    named = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    assert {name_of(requirement) for requirement in named} == pins
+    extras = project["optional-dependencies"]
+    named = [*project["dependencies"], *extras["dev"], *extras["jobs"], *extras["ray"]]
+    assert {name_of(requirement) for requirement in named} - {"graphengine"} == pins
+
+
+def test_version_has_one_value() -> None:
+    assert graphengine.__version__ == PROJECT["project"]["version"]
 
 
 def test_packages_and_their_data_are_listed() -> None:

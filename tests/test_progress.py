@@ -94,7 +94,7 @@ def test_progress_is_shown_while_a_request_runs(
 
     file = io.StringIO()
     console = Console(file=file, force_terminal=is_terminal, width=120, color_system=None)
-    with Progress(counted, total, console):
+    with Progress(counted, lambda: total, console, line=status_line):
         for _ in range(3):
             assert asked.acquire(timeout=10)
     shown = file.getvalue()
@@ -107,6 +107,6 @@ def test_progress_is_shown_while_a_request_runs(
 
 def test_short_run_prints_nothing_where_there_is_no_terminal() -> None:
     file = io.StringIO()
-    with Progress(stats, 64, Console(file=file)):
+    with Progress(stats, lambda: 64, Console(file=file), line=status_line):
         pass
     assert file.getvalue() == ""

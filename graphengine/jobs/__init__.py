@@ -1,0 +1,1 @@
+"""Offline dataset jobs: stream in, stream out, survive anything, resume exactly."""

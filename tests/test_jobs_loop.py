@@ -1,0 +1,602 @@
+"""Does a job write each row once, in any order, whatever becomes of its workers and itself?
+
+Real worker processes, with an engine that starts at once; `test_jobs_kill.py` has the real model.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import job_engines
+import pytest
+from jobs import Said, by_index, config, read, run, write_jsonl
+
+from graphengine.errors import (
+    ConfigError,
+    GraphEngineError,
+    InputError,
+    OutputError,
+    WorkersLostError,
+)
+from graphengine.intake import derived_seed
+from graphengine.jobs import loop, workers
+from graphengine.jobs.row_format import RowFormat
+from graphengine.jobs.row_set import IdTable, RowSet
+from graphengine.jobs.shard import Shard
+from graphengine.jobs.tasks import Task
+from graphengine.jobs.watch import Counts
+from graphengine.jobs.workers import choose_devices, visible_gpus
+
+
+def prompts(path: Path, texts: list[str]) -> Path:
+    return write_jsonl(path, ({"prompt": text} for text in texts))
+
+
+def expected(texts: list[str]) -> dict[int, str]:
+    return {index: f"<{text}> {derived_seed(0, index)} 0" for index, text in enumerate(texts)}
+
+
+def texts_of(output: Path) -> dict[int, str]:
+    return {index: row["text"] for index, row in by_index(output).items()}
+
+
+TEXTS = [f"{index}{' slow' if index % 17 == 0 else ''}" for index in range(400)]
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out"])
+@pytest.mark.parametrize("order", ["completion", "input"])
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_each_row_is_written_once(
+    tmp_path: Path, num_workers: int, order: str, output: str
+) -> None:
+    source = prompts(tmp_path / "in.jsonl", TEXTS)
+    outcome = run(source, tmp_path / output, workers=num_workers, order=order)
+    assert texts_of(tmp_path / output) == expected(TEXTS)
+    assert outcome.stats.num_finished == outcome.stats.total == 400
+    assert outcome.stats.output_tokens == 1200
+    if order == "input":
+        assert [row["row_index"] for row in read(tmp_path / output)] == list(range(400))
+
+
+def test_rows_out_of_order_are_held_back_within_a_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 0
+    real = loop.RowOrder.read
+
+    def watched(self: loop.RowOrder, index: int) -> None:
+        nonlocal most
+        real(self, index)
+        most = max(most, len(self))
+
+    monkeypatch.setattr(loop.RowOrder, "read", watched)
+    texts = ["slow " * 1, *(str(n) for n in range(3000))]
+    source = prompts(tmp_path / "in.jsonl", texts)
+    run(source, tmp_path / "out.jsonl", workers=2, order="input")
+    limit = 2 * 8 + 1
+    assert most <= loop._WINDOW * limit * 2
+
+
+def test_shards_have_outputs_of_their_own_and_global_indices(tmp_path: Path) -> None:
+    source = prompts(tmp_path / "in.jsonl", TEXTS)
+    found: dict[int, str] = {}
+    for index in range(3):
+        outcome = run(source, tmp_path / "out.jsonl", shard=Shard(index, 3))
+        part = texts_of(outcome.output)
+        assert outcome.stats.total == len(part)
+        assert all(row % 3 == index for row in part)
+        found |= part
+    assert found == expected(TEXTS)
+
+
+# --- bad rows
+
+
+def test_bad_rows_are_written_and_the_job_goes_on(tmp_path: Path) -> None:
+    rows: list[Any] = [{"prompt": "a"}, b"{broken", {"prompt": "refuse"}, {"x": 1}, {"prompt": "b"}]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    said = Said()
+    outcome = run(source, tmp_path / "out.jsonl", said=said)
+    errors = {index: row["error"] for index, row in by_index(tmp_path / "out.jsonl").items()}
+    assert [bool(errors[index]) for index in range(5)] == [False, True, True, True, False]
+    assert errors[2] == "the prompt is refused"
+    assert (outcome.stats.num_finished, outcome.stats.num_failed) == (5, 3)
+    assert "error: row 1: broken JSON" in said.text
+
+
+def test_input_with_bad_rows_only_starts_no_worker(tmp_path: Path) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"x": 1}] * 2500)
+    outcome = run(source, tmp_path / "out.jsonl", factory=job_engines.BROKEN_FACTORY)
+    assert outcome.stats.num_failed == 2500
+    assert outcome.error is None
+
+
+def test_ids_that_stand_twice_are_errors_of_the_later_rows_also_after_a_resume(
+    tmp_path: Path,
+) -> None:
+    rows = [{"id": name, "prompt": "p"} for name in ("a", "b", "a", "c", "b", "a")]
+    rows.append({"prompt": "p", "id": 6})
+    rows.append({"prompt": "p", "id": "6"})
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    out = tmp_path / "out.jsonl"
+    run(source, out, order="input")
+    whole = out.read_bytes()
+    errors = [row["error"] for row in read(out)]
+    assert [bool(error) for error in errors] == [0, 0, 1, 0, 1, 1, 0, 1]
+    assert errors[5] == "id 'a' is that of row 0 too; give each its own"
+    lines = whole.splitlines(keepends=True)
+    for missing in range(len(lines)):
+        out.write_bytes(b"".join(line for i, line in enumerate(lines) if i != missing))
+        run(source, out, order="input")
+        assert sorted(out.read_bytes().splitlines()) == sorted(whole.splitlines()), missing
+
+
+def test_input_that_breaks_off_keeps_what_came_before(tmp_path: Path) -> None:
+    import gzip
+
+    source = tmp_path / "in.jsonl.gz"
+    lines = b"".join(b'{"prompt": "%s"}\n' % os.urandom(20).hex().encode() for _ in range(2000))
+    source.write_bytes(gzip.compress(lines)[:20_000])
+    outcome = run(source, tmp_path / "out.jsonl")
+    assert isinstance(outcome.error, InputError)
+    assert "cannot be read on" in str(outcome.error)
+    rows = by_index(tmp_path / "out.jsonl")
+    assert sorted(rows) == list(range(len(rows)))
+    assert len(rows) > 100
+
+
+# --- resume
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out"])
+def test_a_resumed_job_runs_the_rows_that_are_missing(tmp_path: Path, output: str) -> None:
+    source = prompts(tmp_path / "in.jsonl", TEXTS)
+    out = tmp_path / output
+    limited = run(source, out, part_rows=64)
+    whole = read(out)
+    if output == "out":
+        parts = sorted(out.glob("*.parquet"))
+        parts[1].unlink()
+        parts[-1].unlink()
+    else:
+        out.write_bytes(out.read_bytes()[:5000])
+    num_left = len(read(out) if output == "out" else out.read_bytes().splitlines()[:-1])
+    said = Said()
+    outcome = run(source, out, part_rows=64, said=said)
+    assert outcome.stats.num_before == num_left < limited.stats.num_finished
+    assert f"going on: {num_left} rows are finished" in said.text
+    key = lambda row: row["row_index"]  # noqa: E731
+    assert sorted(read(out), key=key) == sorted(whole, key=key)
+
+
+def test_another_config_or_input_is_refused_and_nothing_is_touched(tmp_path: Path) -> None:
+    source = prompts(tmp_path / "in.jsonl", ["a", "b"])
+    out = tmp_path / "out.jsonl"
+    run(source, out)
+    before = out.read_bytes()
+    with pytest.raises(OutputError, match=r"config\.sampling\.temperature was 0\.0, now 0\.5"):
+        run(source, out, sampling={"temperature": 0.5})
+    prompts(source, ["a", "c"])
+    with pytest.raises(OutputError, match=r"input\.0\.sha256 was"):
+        run(source, out)
+    assert out.read_bytes() == before
+    prompts(source, ["a", "b"])
+    assert run(source, out).stats.num_before == 2
+
+
+def test_row_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    source = prompts(tmp_path / "in.jsonl", ["a", "b"])
+    out = tmp_path / "out.jsonl"
+    run(source, out)
+    out.write_bytes(out.read_bytes() * 2)
+    with pytest.raises(OutputError, match="stands there twice"):
+        run(source, out)
+
+
+def test_output_of_no_job_is_refused_and_left_alone(tmp_path: Path) -> None:
+    source = prompts(tmp_path / "in.jsonl", ["a"])
+    out = tmp_path / "out.jsonl"
+    out.write_text('{"mine": 1}\n')
+    with pytest.raises(OutputError, match="exists and is no job's"):
+        run(source, out)
+    assert out.read_text() == '{"mine": 1}\n'
+    assert not (tmp_path / "out.jsonl.job").exists()
+
+
+def test_output_within_the_input_is_refused(tmp_path: Path) -> None:
+    prompts(tmp_path / "in.jsonl", ["a"])
+    for given, output in (
+        (tmp_path, tmp_path / "out.jsonl"),
+        (tmp_path, tmp_path / "out"),
+        (tmp_path / "*.jsonl", tmp_path / "out.jsonl"),
+        (tmp_path / "in.jsonl", tmp_path / "in.jsonl"),
+    ):
+        with pytest.raises(ConfigError, match=r"is within the input|is the input file"):
+            run(given, output)
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out"])
+@pytest.mark.parametrize("order", ["completion", "input"])
+def test_failed_rows_are_retried_where_they_stand_and_once(
+    tmp_path: Path, output: str, order: str
+) -> None:
+    key = tmp_path / "key"
+    texts = [f"once {key} {i}" if i % 7 == 0 else str(i) for i in range(100)]
+    texts[50] = "refuse"
+    source = prompts(tmp_path / "in.jsonl", texts)
+    out = tmp_path / output
+    first = run(source, out, order=order, part_rows=30)
+    assert first.stats.num_failed == 16
+    places = [row["row_index"] for row in read(out)]
+    # Without the option they are finished, as they are.
+    assert run(source, out, order=order, part_rows=30).stats.num_failed == 16
+    key.touch()
+    second = run(source, out, order=order, part_rows=30, retry_errors=True)
+    assert (second.stats.num_finished, second.stats.num_failed) == (100, 1)
+    assert second.stats.num_before == 84
+    assert [row["row_index"] for row in read(out)] == places
+    wanted = expected(texts) | {50: ""}
+    assert texts_of(out) == wanted
+    assert run(source, out, order=order, part_rows=30, retry_errors=True).stats.num_failed == 1
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out"])
+def test_retry_that_was_cut_off_is_taken_in_by_the_next_run(
+    tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = tmp_path / "key"
+    texts = [f"once {key} {i}" for i in range(20)]
+    source = prompts(tmp_path / "in.jsonl", texts)
+    out = tmp_path / output
+    run(source, out)
+    key.touch()
+    from graphengine.jobs import job
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job._Job, "_take_in_retried", lambda self: None)
+        run(source, out, retry_errors=True)
+    assert all(row["error"] for row in read(out)), "nothing was put in its place yet"
+    assert run(source, out).stats.num_failed == 0
+    assert texts_of(out) == expected(texts)
+
+
+# --- workers
+
+
+def test_dead_worker_s_rows_go_to_others(tmp_path: Path) -> None:
+    texts = [f"{i} slow" for i in range(300)]
+    source = prompts(tmp_path / "in.jsonl", texts)
+    said = Said()
+    killed: list[int] = []
+
+    def kill() -> None:
+        """The second worker, once rows are being written."""
+        wait_for(lambda: (tmp_path / "out.jsonl").exists())
+        pid = worker_pids()[-1]
+        os.kill(pid, signal.SIGKILL)
+        killed.append(pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    outcome = run(source, tmp_path / "out.jsonl", workers=2, said=said)
+    killer.join()
+    assert killed
+    assert outcome.error is None
+    assert outcome.stats.num_deaths == 1
+    assert "died (killed by SIGKILL); its" in said.text
+    assert texts_of(tmp_path / "out.jsonl") == expected(texts)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_row_that_kills_its_workers_is_given_up_and_no_other_is(
+    tmp_path: Path, num_workers: int
+) -> None:
+    texts = [str(i) for i in range(60)]
+    texts[20] = "die"
+    source = prompts(tmp_path / "in.jsonl", texts)
+    outcome = run(source, tmp_path / "out.jsonl", workers=num_workers)
+    assert outcome.error is None
+    assert outcome.stats.num_deaths == loop._DEATHS_TO_GIVE_UP
+    rows = by_index(tmp_path / "out.jsonl")
+    assert [index for index, row in rows.items() if row["error"]] == [20]
+    assert rows[20]["error"] == "4 workers died on it, two of them with no other row"
+    assert texts_of(tmp_path / "out.jsonl") == expected(texts) | {20: ""}
+
+
+class Recorder:
+    """Takes the place of a worker's channel."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def send(self, message: dict[str, Any]) -> None:
+        self.rows += [index for index, _, _ in message["rows"]]
+
+
+def job_of(made: workers.WorkerPool) -> loop.JobLoop:
+    """A job whose rows are all read, on workers that take what they are sent."""
+
+    class Sink:
+        def append(self, record: dict[str, Any]) -> None: ...
+        def flush(self) -> None: ...
+
+    job = loop.JobLoop(
+        iter(()),
+        pool=made,
+        format=RowFormat(config(Path("in"), Path("out")), None),
+        ids=IdTable(),
+        store=Sink(),
+        retried=Sink(),
+        retrying=RowSet(),
+        counts=Counts(),
+        in_input_order=False,
+        max_num_seqs=8,
+        say=lambda line: None,
+    )
+    for worker in made.workers:
+        worker.is_ready = True
+        worker.channel = Recorder()  # type: ignore[assignment]
+    return job
+
+
+def test_suspects_run_alone_and_on_every_worker_that_has_nothing_else() -> None:
+    made = pool([None, None])
+    job = job_of(made)
+    first, second = made.workers
+    sent = [worker.channel.rows for worker in made.workers]  # type: ignore[union-attr]
+    job._suspects.extend(Task(index, str(index), "p", num_deaths=2) for index in range(3))
+    job._returned.append(Task(9, "9", "p"))
+    first.in_flight = {5: Task(5, "5", "p")}
+    job._hand_out()  # the second is chosen for the suspects, the first goes on
+    assert sent == [[9], [0]]
+    job._hand_out()
+    assert sent == [[9], [0]], "a suspect has company"
+    first.in_flight.clear()
+    job._hand_out()
+    assert sent == [[9, 1], [0]], "a worker idles"
+    job._returned.append(Task(10, "10", "p"))
+    job._hand_out()
+    assert sent == [[9, 1], [0]], "a suspect has company"
+    second.in_flight.clear()
+    job._hand_out()
+    assert sent == [[9, 1], [0, 2]]
+
+
+def test_rows_of_two_deaths_are_suspects_and_of_one_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = pool([None])
+    job = job_of(made)
+    monkeypatch.setattr(made, "reap", lambda worker: -9)
+    monkeypatch.setattr(made, "start", lambda: None)
+    (worker,) = made.workers
+    for num_deaths in (1, 2):
+        tasks = job._returned or [Task(index, str(index), "p") for index in range(3)]
+        worker.in_flight = {task.index: task for task in tasks}
+        job._returned.clear()
+        job._bury(worker)
+        kept = [job._returned, job._suspects][num_deaths - 1]
+        assert [(task.index, task.num_deaths) for task in kept] == [
+            (index, num_deaths) for index in range(3)
+        ]
+    assert not job._returned
+
+
+def test_job_ends_when_no_worker_is_left_and_goes_on_with_new_ones(tmp_path: Path) -> None:
+    texts = [str(i) for i in range(60)]
+    for place in (5, 25, 45):
+        texts[place] = "die"
+    source = prompts(tmp_path / "in.jsonl", texts)
+    out = tmp_path / "out.jsonl"
+    outcome = run(source, out)
+    assert isinstance(outcome.error, WorkersLostError)
+    assert 0 < len(read(out)) < 60
+    for _ in range(3):
+        outcome = run(source, out)
+    assert outcome.error is None
+    assert texts_of(out) == expected(texts) | {5: "", 25: "", 45: ""}
+
+
+def test_engine_that_cannot_start_is_one_error_and_not_started_again(tmp_path: Path) -> None:
+    source = prompts(tmp_path / "in.jsonl", ["a"])
+    said = Said()
+    began_s = time.monotonic()
+    outcome = run(
+        source,
+        tmp_path / "out.jsonl",
+        workers=2,
+        factory=job_engines.BROKEN_FACTORY,
+        said=said,
+    )
+    assert type(outcome.error) is GraphEngineError
+    assert str(outcome.error) == "the model does not fit; take a smaller one"
+    assert outcome.stats.num_deaths == 0
+    assert time.monotonic() - began_s < 20
+
+
+def test_workers_go_with_a_job_that_is_killed(tmp_path: Path) -> None:
+    source = prompts(tmp_path / "in.jsonl", [f"{i} slow" for i in range(200)])
+    job = start(source, tmp_path / "out.jsonl", workers=2)
+    wait_for(lambda: (tmp_path / "out.jsonl").exists())
+    pids = worker_pids(job.pid)
+    assert len(pids) == 2
+    job.kill()
+    job.wait()
+    wait_for(lambda: not any(is_alive(pid) for pid in pids), seconds=5.0)
+    assert run(source, tmp_path / "out.jsonl", workers=2).stats.num_finished == 200
+
+
+def test_second_process_on_one_output_is_refused(tmp_path: Path) -> None:
+    source = prompts(tmp_path / "in.jsonl", [f"{i} slow" for i in range(150)])
+    job = start(source, tmp_path / "out.jsonl")
+    wait_for(lambda: (tmp_path / "out.jsonl").exists())
+    with pytest.raises(OutputError, match="is being written by another process"):
+        run(source, tmp_path / "out.jsonl")
+    job.kill()
+    job.wait()
+    # The lock went with its process.
+    assert run(source, tmp_path / "out.jsonl").stats.num_finished == 150
+
+
+@pytest.mark.parametrize("order", ["completion", "input"])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_leaves_a_job_that_goes_on(
+    tmp_path: Path, signum: int, code: int, order: str
+) -> None:
+    texts = [f"{i} slow" for i in range(200)]
+    source = prompts(tmp_path / "in.jsonl", texts)
+    out = tmp_path / "out.jsonl"
+    job = start(source, out, order=order)
+    wait_for(lambda: out.exists() and out.stat().st_size > 2000)
+    pids = worker_pids(job.pid)
+    # Ctrl-C on a terminal reaches the workers too; what becomes of them is the job's affair.
+    for pid in pids:
+        os.kill(pid, signal.SIGINT)
+    time.sleep(0.2)
+    assert all(is_alive(pid) for pid in pids)
+    job.send_signal(signum)
+    assert job.wait(20) == code
+    assert not any(is_alive(pid) for pid in pids)
+    assert out.read_bytes().endswith(b"\n")
+    num_rows = len(read(out))
+    assert 0 < num_rows < 200
+    outcome = run(source, out, order=order)
+    assert outcome.stats.num_before == num_rows
+    assert texts_of(out) == expected(texts)
+
+
+def test_second_signal_stops_at_once(tmp_path: Path) -> None:
+    texts = [f"{i} slow" for i in range(150)]
+    source = prompts(tmp_path / "in.jsonl", texts)
+    out = tmp_path / "out.jsonl"
+    job = start(source, out)
+    wait_for(lambda: out.exists() and out.stat().st_size > 2000)
+    # A worker that does not listen: the first signal waits for it.
+    (pid,) = worker_pids(job.pid)
+    os.kill(pid, signal.SIGSTOP)
+    job.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    assert job.poll() is None
+    job.send_signal(signal.SIGINT)
+    assert job.wait(2) == 130
+    wait_for(lambda: not is_alive(pid))
+    run(source, out)
+    assert texts_of(out) == expected(texts)
+
+
+# --- devices
+
+
+def test_workers_are_spread_over_the_gpus_that_are_visible() -> None:
+    environment = {"CUDA_VISIBLE_DEVICES": "2,GPU-abc"}
+    assert choose_devices(None, device="auto", environment=environment) == ["2", "GPU-abc"]
+    three = choose_devices(3, device="cuda", environment=environment)
+    assert three == ["2", "GPU-abc", "2"]
+    assert choose_devices(1, device="auto", environment=environment) == [None]
+    assert choose_devices(3, device="cpu", environment=environment) == [None] * 3
+    none = {"CUDA_VISIBLE_DEVICES": ""}
+    assert choose_devices(None, device="auto", environment=none) == [None]
+
+
+LISTED = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)
+GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-2)
+  MIG 3g.40gb     Device  0: (UUID: MIG-a)
+  MIG 3g.40gb     Device  1: (UUID: MIG-b)
+GPU 2: NVIDIA H100 80GB HBM3 (UUID: GPU-3)
+"""
+
+
+def test_gpus_and_their_parts_are_read_from_nvidia_smi(
+    tmp_path: Path,
+) -> None:
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\n/bin/cat <<'END'\n{LISTED}END\n")
+    command.chmod(0o755)
+    environment = {"PATH": str(tmp_path)}
+    assert visible_gpus(environment) == ["0", "MIG-a", "MIG-b", "2"]
+    command.write_text("#!/bin/sh\nexit 9\n")
+    with pytest.raises(ConfigError, match="nvidia-smi -L fails"):
+        visible_gpus(environment)
+    command.unlink()
+    assert visible_gpus(environment) == []
+
+
+def pool(devices: list[str | None], **engine: Any) -> workers.WorkerPool:
+    made = config(Path("in"), Path("out"), engine=engine)
+    return workers.WorkerPool(
+        devices,
+        engine=made.engine,
+        sampling=made.sampling,
+        token_ids=False,
+        environment={},
+        factory=job_engines.FACTORY,
+    )
+
+
+def test_workers_of_one_gpu_take_their_share_of_it_in_turn() -> None:
+    made = pool(["0", "1", "0"], gpu_memory_utilization=0.8)
+    first, other, second = made.workers
+    first.num_starts = other.num_starts = second.num_starts = 1
+    shares = [made._engine_of(worker).gpu_memory_utilization for worker in made.workers]
+    assert shares == pytest.approx([0.4, 0.8, 0.8])
+    made.start()
+    try:
+        assert [worker.is_alive for worker in made.workers] == [True, True, False]
+        first.is_ready = True
+        made.start()
+        assert second.is_alive
+    finally:
+        made.close()
+    # One that starts again finds the others' memory taken.
+    first.num_starts = 2
+    assert made._engine_of(first).gpu_memory_utilization == pytest.approx(0.8)
+
+
+def test_each_worker_has_a_trace_of_its_own() -> None:
+    made = pool(["0", "1"], trace="a/trace.json")
+    assert made._engine_of(made.workers[1]).trace == "a/trace-1.json"
+    assert pool([None], trace="a/trace.json")._engine_of(made.workers[0]).trace == "a/trace.json"
+
+
+# --- helpers
+
+
+def start(source: Path, output: Path, **options: Any) -> subprocess.Popen[bytes]:
+    """A job in a process of its own, which exits as the command line does."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from jobs import run\n"
+        f"outcome = run(Path({str(source)!r}), Path({str(output)!r}), **{options!r})\n"
+        "sys.exit(128 + outcome.signum if outcome.signum else 0)\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
+
+
+def worker_pids(parent: int | None = None) -> list[int]:
+    from perf.jobs_kill import children
+
+    return children(parent or os.getpid())
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    until_s = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until_s, "it never happened"
+        time.sleep(0.01)
