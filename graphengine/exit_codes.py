@@ -42,5 +42,7 @@ def _drop_unwritten_output() -> None:
 
 
 def say(line: str) -> None:
-    """A line for the person at the terminal; standard output is for results."""
-    print(line, file=sys.stderr)
+    """A line for the person at the terminal; standard output is for results. If nobody reads it any
+    more, the work goes on."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)

@@ -107,7 +107,10 @@ def _check_int(name: str, value: object, *, low: int, high: int) -> None:
 
 def brief(value: object) -> str:
     """What an error shows of a wrong value: its repr, cut where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} nested too deep to show"
     return text if len(text) <= _BRIEF_CHARS else f"{text[:_BRIEF_CHARS]}..."
 
 

@@ -369,3 +369,20 @@ def test_options_of_sampling_are_those_of_generate() -> None:
     names = set(SamplingParams.__slots__) | {"tokenizer", "dtype", "max_num_seqs", "trace"}
     for name in names & set(theirs.parameters):
         assert ours.parameters[name] == theirs.parameters[name]
+
+
+def test_summary_and_trace_never_take_the_place_of_rows(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    assert run(source, "--output", out, "--prompt-column=q").exit_code == 0
+    rows = out.read_bytes()
+    for option, path in (
+        ("--summary", out),
+        ("--trace", out),
+        ("--summary", tmp_path / "out.jsonl.job" / "manifest.json"),
+        ("--summary", source),
+    ):
+        result = run(source, "--output", out, "--prompt-column=q", option, path)
+        assert result.exit_code == 2, (option, path)
+        assert len(result.stderr.splitlines()) == 1, result.stderr
+        assert out.read_bytes() == rows
+    assert len(source.read_text().splitlines()) == 20

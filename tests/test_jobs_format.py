@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import decimal
+import json
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,16 @@ def test_kept_values_are_json_whatever_parquet_had() -> None:
     assert in_parquet.extra["k_list"] == '[{"a":1}]'
     assert in_parquet.extra["k_number"] == 5
     assert in_parquet.extra["k_text"] == "plain"
+    assert in_parquet.extra["k_price"] == "1.50"
+    assert in_parquet.extra["k_bytes"] == "00ff"
+
+
+def test_messages_of_parquet_may_hold_what_json_has_not() -> None:
+    message = {"role": "user", "content": "a", "at": datetime.datetime(2026, 1, 2), "raw": b"\x01"}
+    for options in ({}, {"messages_column": "messages"}):
+        task = RowFormat(job(**options), None).prepare(Row(0, {"messages": [message]}))
+        assert task.error == ""
+        assert json.dumps(task.prompt)
 
 
 # --- templates
@@ -306,8 +317,16 @@ ARRAY = {"SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRA
             {**ARRAY, "SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_ID": "5"},
             Shard(2, 4),
         ),
-        ("slurm", {"SLURM_PROCID": "1", "SLURM_NTASKS": "8"}, Shard(1, 8)),
-        ("slurm", {**ARRAY, "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, Shard(5, 8)),
+        (
+            "slurm",
+            {"SLURM_PROCID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"},
+            Shard(1, 8),
+        ),
+        (
+            "slurm",
+            {**ARRAY, "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"},
+            Shard(5, 8),
+        ),
     ],
 )
 def test_shard_is_read_from_the_option_or_slurm(
@@ -325,6 +344,7 @@ def test_shard_is_read_from_the_option_or_slurm(
         ("slurm", {**ARRAY, "SLURM_ARRAY_TASK_ID": "9"}, "task 9 is not one of 4"),
         ("slurm", {**ARRAY, "SLURM_ARRAY_TASK_ID": "x"}, "SLURM_ARRAY_TASK_ID is 'x'"),
         ("slurm", {"SLURM_PROCID": "3"}, "task 3 of 1"),
+        ("slurm", {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, "start it with srun"),
     ],
 )
 def test_shard_that_is_none_is_one_line(text: str, environment: dict[str, str], error: str) -> None:

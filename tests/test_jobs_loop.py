@@ -12,10 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import job_engines
+import orjson
 import pytest
 from jobs import Said, by_index, config, read, run, write_jsonl
 
@@ -28,8 +30,10 @@ from graphengine.errors import (
 )
 from graphengine.intake import derived_seed
 from graphengine.jobs import loop, workers
+from graphengine.jobs.output import Place
 from graphengine.jobs.row_format import RowFormat
 from graphengine.jobs.row_set import IdTable, RowSet
+from graphengine.jobs.rows import Row
 from graphengine.jobs.shard import Shard
 from graphengine.jobs.tasks import Task
 from graphengine.jobs.watch import Counts
@@ -321,12 +325,13 @@ class Recorder:
         self.rows += [index for index, _, _ in message["rows"]]
 
 
+class Sink:
+    def append(self, record: dict[str, Any]) -> None: ...
+    def flush(self) -> None: ...
+
+
 def job_of(made: workers.WorkerPool) -> loop.JobLoop:
     """A job whose rows are all read, on workers that take what they are sent."""
-
-    class Sink:
-        def append(self, record: dict[str, Any]) -> None: ...
-        def flush(self) -> None: ...
 
     job = loop.JobLoop(
         iter(()),
@@ -600,3 +605,91 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < until_s, "it never happened"
         time.sleep(0.01)
+
+
+def test_output_has_one_lock_by_whatever_name(tmp_path: Path) -> None:
+    source = prompts(tmp_path / "in.jsonl", ["a", "b"])
+    real, link = tmp_path / "real.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(real)
+    assert Place.of(config(source, link)) == replace(
+        Place.of(config(source, real)), config=config(source, link)
+    )
+    run(source, link, prompt_column="q")
+    assert link.is_symlink()
+    assert len(read(real)) == 2
+    run(source, real, prompt_column="q")
+    assert len(read(real)) == 2
+
+
+def test_journal_of_a_part_goes_on_where_parts_were_taken_away(tmp_path: Path) -> None:
+    source = prompts(tmp_path / "in.jsonl", [f"t{i}" for i in range(12)])
+    output = tmp_path / "out"
+    run(source, output, prompt_column="q", part_rows=4)
+    records = read(output)
+    for part in output.glob("*.parquet"):
+        part.unlink()
+    journal = output / "_job" / "part-00002.jsonl"
+    journal.write_bytes(b"".join(orjson.dumps(record) + b"\n" for record in records[8:]))
+    run(source, output, prompt_column="q", part_rows=4)
+    assert sorted(by_index(output)) == list(range(12))
+
+
+def test_output_that_a_glob_would_read_again_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    prompts(folder / "in.jsonl", ["a"])
+    for pattern, output in (
+        (f"{folder}/./*.jsonl", folder / "out.jsonl"),
+        (f"{tmp_path}/**/*.jsonl", tmp_path / "out.jsonl"),
+        (f"{folder}/**/*.parquet", folder / "out"),
+    ):
+        with pytest.raises(ConfigError, match="is within the input"):
+            Place.of(config(Path(pattern), output)).check()
+
+
+def test_broken_row_takes_no_id_from_another(tmp_path: Path) -> None:
+    rows = [b"{broken", {"id": 0, "q": "a"}, {"q": "b"}]
+    source, output = write_jsonl(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    for _ in range(2):  # and none when it is read back
+        run(source, output, prompt_column="q")
+        assert [row["error"] == "" for row in by_index(output).values()] == [False, True, True]
+        lines = output.read_bytes().splitlines(keepends=True)
+        output.write_bytes(b"".join(line for line in lines if b'"row_index":1' not in line))
+
+
+def test_rows_in_error_do_not_pile_up_behind_one_that_runs(tmp_path: Path) -> None:
+    """With --order input they wait for the first row; reading stops at the window."""
+    job = loop.JobLoop(
+        (Row(index, {"q": "x"} if index == 0 else None, "bad") for index in range(10**6)),
+        pool=pool([None]),
+        format=RowFormat(config(tmp_path / "in", tmp_path / "out.jsonl", prompt_column="q"), None),
+        ids=IdTable(),
+        store=Sink(),
+        retried=Sink(),
+        retrying=RowSet(),
+        counts=Counts(),
+        in_input_order=True,
+        max_num_seqs=8,
+        say=lambda line: None,
+    )
+    assert job._next_task() is not None
+    while not job._is_window_full():
+        assert job._next_task() is None
+    assert job._next_task() is None
+    assert job._order is not None
+    assert len(job._order) == job._window
+
+
+def test_last_suspect_may_go_to_another_worker_than_the_one_that_waits_for_it() -> None:
+    job = job_of(pool([None, None]))
+    first, second = job._pool.workers
+    first.in_flight = {1: Task(1, "1"), 2: Task(2, "2")}
+    second.in_flight = {3: Task(3, "3")}
+    job._suspects.append(Task(4, "4", num_deaths=2))
+    job._is_read = True
+    job._hand_out()
+    assert job._quarantine is second
+    first.in_flight.clear()
+    second.in_flight.clear()
+    job._hand_out()
+    assert [*first.in_flight, *second.in_flight] == [4]

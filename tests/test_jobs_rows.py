@@ -22,6 +22,7 @@ from graphengine.jobs import lines, rows
 from graphengine.jobs.inputs import find_inputs, fingerprint
 from graphengine.jobs.row_format import RowFormat
 from graphengine.jobs.rows import Row, RowSource
+from graphengine.jobs.template import RowTemplate
 
 
 def read(path: Path | str, **options: Any) -> list[Row]:
@@ -332,3 +333,30 @@ def test_large_input_is_told_by_its_ends_and_its_time(
         data[place] = 121
         path.write_bytes(data)  # which changes the time
         assert fingerprint(find_inputs(str(path))) != first
+
+
+@pytest.mark.parametrize(
+    "line", [b"[" * 1000 + b"]" * 1000, b'{"a":' + b"[" * 300 + b"]" * 300 + b"}"]
+)
+def test_row_nested_too_deep_is_an_error_row(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(line + b'\n{"a": 1}\n')
+    deep, good = read(path)
+    assert deep.data is None
+    assert deep.error
+    assert good.data == {"a": 1}
+
+
+def test_value_out_of_range_costs_one_row(tmp_path: Path) -> None:
+    days = pa.array([1, 3_000_000, 2], pa.int32()).cast(pa.date32())
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"d": days, "n": [0, 1, 2]}), path)
+    found = read(path)
+    assert [row.data is None for row in found] == [False, True, False]
+    assert "out of range" in found[1].error
+
+
+def test_template_reads_a_column_named_as_a_global_of_jinja() -> None:
+    template = RowTemplate("{{ range }}")
+    assert "range" in template.columns
+    assert template.render({"range": "0+1="}) == "0+1="

@@ -72,7 +72,8 @@ class Channel:
                     self._on_message(message)
             except OSError:
                 pass  # reset, as by a process that died
-        self._on_message(None)
+            finally:
+                self._on_message(None)
 
 
 def _receive(file: BinaryIO) -> Message | None:

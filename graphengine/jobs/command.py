@@ -158,6 +158,7 @@ def run(
         from graphengine.errors import WorkersLostError
         from graphengine.jobs.config import JobConfig, parse_keep
         from graphengine.jobs.job import run_job
+        from graphengine.jobs.output import Place
         from graphengine.jobs.shard import parse_shard
         from graphengine.jobs.watch import job_report, job_summary
 
@@ -207,8 +208,11 @@ def run(
             workers=_num_workers(workers),
             shard=parse_shard(shard, os.environ),
         )
-        if summary is not None:
-            check_output_path(summary, input)
+        place = Place.of(config)
+        for option, path in (("--summary", summary), ("--trace", trace)):
+            if path is not None:
+                check_output_path(path, input)
+                place.check_beside(option, path)
         # For the worker processes, as `generate` sets them for its own.
         environment = {
             "TRANSFORMERS_VERBOSITY": "error",

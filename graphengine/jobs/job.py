@@ -124,7 +124,8 @@ class _Job:
                 )
             if stored.is_failed:
                 self._failed.add(stored.index)
-            if stored.row_id:
+            # An error row without an id of its own takes none from another.
+            if stored.row_id and not (stored.is_failed and stored.row_id == str(stored.index)):
                 self._ids.first_row(stored.row_id, stored.index)
         if len(self._finished):
             say(

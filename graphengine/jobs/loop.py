@@ -100,6 +100,7 @@ class JobLoop:
         self._suspects: deque[Task] = deque()
         self._quarantine: Worker | None = None  # the worker that suspects wait for
         self._is_read = False
+        self._is_read_on = False  # whether reading paused among rows in error
         self._is_stopped = False
         self._is_lost = False
         self._num_shown = 0
@@ -113,10 +114,11 @@ class JobLoop:
     def run(self) -> None:
         """Until every row is written, the input breaks, no worker is left, or `stop`. Raises
         OutputError if the output cannot be written."""
-        first = next(self._tasks, None)
-        if first is not None:
-            self._returned.append(first)
-            self._pool.start()
+        while not (self._returned or self._is_read or self._is_stopped):
+            first = next(self._tasks, None)
+            if first is not None:
+                self._returned.append(first)
+                self._pool.start()
         while not self._is_stopped:
             has_more = self._hand_out()
             self._flush()
@@ -138,15 +140,16 @@ class JobLoop:
 
     # --- out
 
-    def _read(self, rows: Iterator[Row]) -> Iterator[Task]:
-        """Tasks for the engine; those in error are finished on the way."""
+    def _read(self, rows: Iterator[Row]) -> Iterator[Task | None]:
+        """Tasks for the engine; those in error are finished on the way. None now and then among
+        many of them, so that the workers are not forgotten."""
         num_errors = 0
         try:
             for row in rows:
                 if self._is_stopped:
                     return
                 task = self._format.prepare(row)
-                if task.row_id:
+                if task.row_id and not (task.error and task.row_id == str(task.index)):
                     first = self._ids.first_row(task.row_id, task.index)
                     if first < task.index and not task.error:
                         task.error = (
@@ -159,8 +162,10 @@ class JobLoop:
                     continue
                 self._finish(task, Result.failed(task.error))
                 num_errors += 1
-                if num_errors % _MOST_ERRORS_AT_ONCE == 0:
+                if num_errors % _MOST_ERRORS_AT_ONCE == 0 or self._is_window_full():
                     self._flush()
+                    self._is_read_on = True
+                    yield None
         except InputError as error:
             # The rows before it are finished first.
             self.error = error
@@ -170,14 +175,17 @@ class JobLoop:
         """Fills the workers up. Whether a worker could take more at once."""
         ready = [worker for worker in self._pool.workers if worker.is_ready]
         self._choose_quarantine(ready)
-        has_more = False
+        has_more = self._is_read_on = False
         for worker in sorted(ready, key=lambda worker: len(worker.in_flight)):
             tasks = self._tasks_for(worker)
             if tasks:
                 worker.in_flight |= {task.index: task for task in tasks}
                 worker.send({"rows": [[task.index, task.prompt, task.params] for task in tasks]})
                 has_more |= len(worker.in_flight) + self._chunk <= self._limit
-        return has_more
+        return has_more or (self._is_read_on and not self._is_window_full())
+
+    def _is_window_full(self) -> bool:
+        return self._order is not None and len(self._order) >= self._window
 
     def _choose_quarantine(self, ready: list[Worker]) -> None:
         """Of the ready workers the one with least to do empties itself for the suspects."""
@@ -189,7 +197,7 @@ class JobLoop:
     def _tasks_for(self, worker: Worker) -> list[Task]:
         if any(task.num_deaths >= _DEATHS_TO_SUSPECT for task in worker.in_flight.values()):
             return []  # a suspect is alone with its worker
-        if worker is self._quarantine:
+        if worker is self._quarantine and self._suspects:
             return [] if worker.in_flight else [self._suspects.popleft()]
         if len(worker.in_flight) + self._chunk > self._limit:
             return []
@@ -203,7 +211,7 @@ class JobLoop:
     def _next_task(self) -> Task | None:
         if self._returned:
             return self._returned.popleft()
-        if self._is_read or (self._order is not None and len(self._order) >= self._window):
+        if self._is_read or self._is_window_full():
             return None
         return next(self._tasks, None)
 

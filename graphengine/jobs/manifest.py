@@ -99,7 +99,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         data = path.read_bytes()
     try:
         manifest = json.loads(data)
-        version = manifest["schema_version"]
+        version, _ = manifest["schema_version"], manifest["created"]
     except (ValueError, KeyError, TypeError) as error:
         raise OutputError(
             f"{path}: not a job's manifest; restore it, or give another --output"

@@ -182,7 +182,10 @@ def _params(body: Mapping[str, Any], url: str, default: SamplingParams) -> dict[
         elif option not in _NEUTRAL:
             known = sorted({*names, *_NEUTRAL, *_IGNORED, _INPUT[url]})
             raise RequestError(f"unknown option {option!r}; choose from {', '.join(known)}")
-        elif value not in _NEUTRAL[option]:
+        elif not any(
+            value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+            for neutral in _NEUTRAL[option]
+        ):
             raise RequestError(f"{option} is {brief(value)}, which is not supported; leave it out")
     return checked(given, default)
 

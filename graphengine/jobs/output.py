@@ -41,6 +41,9 @@ class Place:
         """Raises ConfigError for a name that tells no format."""
         given = config.output
         path = Path(config.shard.output(given))
+        if path.is_symlink():
+            # What the lock and the state are beside is the file itself, whatever it is called.
+            path = Path(os.path.realpath(path))
         suffix = path.suffix.lower()
         if suffix in _JSONL_SUFFIXES:
             return cls(config, path, path.with_name(path.name + _STATE_SUFFIX), _JSONL)
@@ -63,8 +66,7 @@ class Place:
             self._check_directory()
         else:
             check_output_path(str(self.output), config.input)
-        inside = Path(os.path.realpath(config.input)) in Path(os.path.realpath(self.output)).parents
-        if inside or fnmatch.fnmatch(str(self.output), config.input):
+        if self._is_input(self.output / "part-00000.parquet" if self.is_parquet else self.output):
             raise ConfigError(
                 f"--output {self.output} is within the input {config.input}, and would be read as "
                 "more of it; give another place"
@@ -73,6 +75,25 @@ class Place:
             raise OutputError(
                 f"--output {self.output} exists and is no job's; give another name or remove it"
             )
+
+    def check_beside(self, option: str, path: str) -> None:
+        """Raises ConfigError if another file of the job would take the output's place, or become
+        more of the input."""
+        real = Path(os.path.realpath(path))
+        places = {Path(os.path.realpath(place)) for place in (self.output, self.state)}
+        if real in places or places & set(real.parents) or self._is_input(real):
+            raise ConfigError(
+                f"{option} {path} is within the input or the output of the job; give another place"
+            )
+
+    def _is_input(self, path: Path) -> bool:
+        """Whether a file there would be read as input: named, in a directory, or by a glob."""
+        given = self.config.input
+        if Path(os.path.realpath(given)) in {path, *Path(os.path.realpath(path)).parents}:
+            return True
+        pattern, name = os.path.abspath(given), os.path.abspath(path)
+        # "**/" may stand for nothing, which fnmatch does not know.
+        return any(fnmatch.fnmatch(name, p) for p in (pattern, pattern.replace("**/", "")))
 
     def has_rows(self) -> bool:
         with output_errors(self.output):

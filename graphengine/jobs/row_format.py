@@ -57,6 +57,9 @@ class RowFormat:
                 task.params = overrides(data.get(column), column, self._config.sampling)
         except RequestError as error:
             task.error = str(error)
+        except (TypeError, ValueError, OverflowError) as error:
+            # A value of a Parquet column that no JSON has.
+            task.error = f"a value cannot be taken: {' '.join(str(error).split())}"
         if "seed" not in task.params:
             task.params["seed"] = derived_seed(self._config.engine.seed, row.index)
         return task
@@ -92,11 +95,11 @@ class RowFormat:
             return checked_prompt("prompt", _column(data, config.prompt_column))
         if config.messages_column is not None:
             messages = _column(data, config.messages_column)
-            return checked_prompt("messages", _without_nulls(messages))
+            return checked_prompt("messages", _as_json(_without_nulls(messages)))
         # A column that a Parquet file has for other rows is null in this one.
         given = {key: data[key] for key in PROMPT_KEYS if data.get(key) is not None}
         if "messages" in given:
-            given["messages"] = _without_nulls(given["messages"])
+            given["messages"] = _as_json(_without_nulls(given["messages"]))
         return prompt_of(given or {key: data[key] for key in PROMPT_KEYS if key in data})
 
     def _kept(self, name: str, value: object) -> object:
@@ -105,7 +108,8 @@ class RowFormat:
             return _as_json(value)
         if self._kept_types[name] != STRING or isinstance(value, str):
             return value
-        return orjson.dumps(_as_json(value)).decode()
+        as_json = _as_json(value)
+        return as_json if isinstance(as_json, str) else orjson.dumps(as_json).decode()
 
 
 def _column(data: Mapping[str, object], name: str) -> object:

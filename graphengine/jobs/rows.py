@@ -15,6 +15,8 @@ from graphengine.jobs.inputs import PARQUET, InputFile
 from graphengine.jobs.lines import MAX_LINE_BYTES, Lines
 from graphengine.request import brief
 
+# Of lists and objects in one another. orjson reads 1,024 and writes 254, some of them ours.
+_MAX_DEPTH = 200
 # Parquet rows decoded at once.
 _BATCH_ROWS = 256
 
@@ -120,10 +122,11 @@ class RowSource:
             return
         try:
             entries = batch.to_pylist()
-            yield from (Row(first + place, entries[place]) for place in wanted)
-        except UnicodeDecodeError:  # of one row; it must not cost the others
+        except (ValueError, OverflowError):  # of one row; it must not cost the others
             for place in wanted:
                 yield _decode(first + place, batch.slice(place, 1))
+            return
+        yield from (Row(first + place, entries[place]) for place in wanted)
 
 
 def open_parquet(path: Path) -> Any:
@@ -147,7 +150,23 @@ def _parse(index: int, line: bytes | None) -> Row:
         return Row(index, None, f"broken JSON: {error}; give one JSON object on one line")
     if not isinstance(entry, dict):
         return Row(index, None, f"{brief(entry)} is not a JSON object; give one on one line")
+    if line.count(b"[") + line.count(b"{") > _MAX_DEPTH and _depth(entry) > _MAX_DEPTH:
+        return Row(index, None, f"values are nested more than {_MAX_DEPTH} deep; flatten them")
     return Row(index, entry)
+
+
+def _depth(entry: object) -> int:
+    """Of lists and objects in one another; without recursion, which has a limit itself."""
+    depth, level = 0, [entry]
+    while level:
+        containers = [value for value in level if isinstance(value, dict | list)]
+        depth += bool(containers)
+        level = [
+            inner
+            for value in containers
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+    return depth
 
 
 def _decode(index: int, one: Any) -> Row:
@@ -155,3 +174,5 @@ def _decode(index: int, one: Any) -> Row:
         return Row(index, one.to_pylist()[0])
     except UnicodeDecodeError as error:
         return Row(index, None, f"a string is not UTF-8 ({error.reason}); write it again as UTF-8")
+    except (ValueError, OverflowError) as error:
+        return Row(index, None, f"a value is out of range ({error}); write it as text")

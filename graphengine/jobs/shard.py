@@ -59,6 +59,12 @@ def _of_slurm(environment: Mapping[str, str]) -> Shard:
         _number(environment, "SLURM_PROCID", 0),
         _number(environment, "SLURM_NTASKS", 1),
     )
+    if tasks > 1 and "SLURM_STEP_NUM_TASKS" not in environment:
+        # A batch script is itself task 0 of as many as were asked for, and runs alone.
+        raise ConfigError(
+            f"--shard slurm: {tasks} tasks were asked for, but this is not one of a step's; start "
+            "it with srun, or give --shard i/n"
+        )
     if "SLURM_ARRAY_TASK_ID" in environment:
         step = _number(environment, "SLURM_ARRAY_TASK_STEP", 1)
         first = _number(environment, "SLURM_ARRAY_TASK_MIN", 0)

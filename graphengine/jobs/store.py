@@ -104,9 +104,12 @@ class ParquetStore:
                     f"{part}: no whole part of this job ({' '.join(str(error).split())}); restore "
                     "it, or remove the output to start again"
                 ) from error
-        self._number = 1 + max((_part_number(part) for part in parts), default=-1)
-        for old in self._journal_path.glob("part-*.jsonl"):
-            if _part_number(old) < self._number:
+        journals = {_part_number(old): old for old in self._journal_path.glob("part-*.jsonl")}
+        # A journal may be further than the parts, where some of them were taken away.
+        made = 1 + max((_part_number(part) for part in parts), default=-1)
+        self._number = max(made, *journals, 0)
+        for number, old in journals.items():
+            if number < self._number:
                 old.unlink()  # its part was made
         self._num_rows = 0
         if self._journal_file.exists():

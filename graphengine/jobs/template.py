@@ -23,11 +23,13 @@ class RowTemplate:
         """Raises ConfigError for a template that is none."""
         environment = _Environment(undefined=StrictUndefined, autoescape=False)
         try:
-            self.columns = frozenset(meta.find_undeclared_variables(environment.parse(text)))
             self._template = environment.from_string(text)
+            # A column may be called as one of Jinja's globals, which are no names to look up.
+            bare = _Environment(undefined=StrictUndefined)
+            bare.globals.clear()
+            self.columns = frozenset(meta.find_undeclared_variables(bare.parse(text)))
         except TemplateError as error:
             raise ConfigError(f"--template cannot be used: {error}; see Jinja's manual") from error
-        self.columns -= environment.globals.keys()
 
     def render(self, row: Mapping[str, object]) -> str:
         """Raises RequestError where the row does not fit the template, whatever the row holds."""
