@@ -404,12 +404,16 @@ class LLM:
         )
 
 
+# Python 3.12 freezes a few hundred objects itself before a program begins; thawing them is no harm.
+_FROZEN_BY_PYTHON = 2000
+
+
 @contextlib.contextmanager
 def _frozen_garbage() -> Iterator[None]:
     """Takes what exists out of the garbage collector's sight, torch's modules above all: walking it
     stops the loop for 50 ms and more, again and again. What is made inside is collected as ever.
     A program that froze objects of its own is left alone, since they would be thawed too."""
-    if gc.get_freeze_count():
+    if gc.get_freeze_count() > _FROZEN_BY_PYTHON:
         yield
         return
     gc.freeze()

@@ -42,6 +42,8 @@ from graphengine.step_inputs import (
 )
 
 _View = TypeVar("_View")
+# Of the largest prefills for which `kernels.tiles` has a cut each.
+_FEW_TOKENS = (16, 32, 64)
 TokenIds = npt.NDArray[np.int64]
 
 
@@ -213,6 +215,10 @@ class ModelRunner:
         max_len = table.token_ids.shape[1]
         start = max(0, max_len - num_tokens)
         self._run_null_prefill(table, np.array([start]), np.array([max_len]))
+        # Few tokens run in kernels of their own, which would be compiled in the middle of a run.
+        for few in _FEW_TOKENS:
+            if few <= min(num_tokens, max_len):
+                self._run_null_prefill(table, np.array([0]), np.array([few]))
         step = self._runner.open(self._runner.ladder.max_rows)
         for name, pad in self._decode_pads.items():
             step.inputs[name][:] = pad

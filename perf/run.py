@@ -101,7 +101,7 @@ def run(
                         "async": measure_startup(model, shape, Path(folder), repeats=repeats)
                     }
                     save(result)
-            _bound_eager_busy(result["workloads"])
+            _estimate_eager_busy(result["workloads"])
             for peer in peers:
                 try:
                     found = _run_peer(peer, group, resolve_model(path), scale, repeats, say)
@@ -116,9 +116,10 @@ def run(
     return result
 
 
-def _bound_eager_busy(workloads: Json) -> None:
-    """Adds to each eager run what its GPU can have been busy at most. Its own events count the gaps
-    between a step's kernels as busy; the same kernels as graphs had no gap that the host made."""
+def _estimate_eager_busy(workloads: Json) -> None:
+    """Adds to each eager run about what share of it its GPU was busy: the time that its kernels
+    take as graphs. Its own events count the gaps between a step's kernels as busy. Where graphs
+    start kernels before those before them have ended, the estimate is some per cent too low."""
     for modes in workloads.values():
         eager = modes.get("eager")
         replayed = modes.get("async") or modes.get("sync")
@@ -128,7 +129,7 @@ def _bound_eager_busy(workloads: Json) -> None:
         busy_s = figures["gpu_busy"]["median"] * figures["total_s"]["median"]
         eager["figures"] |= merge(
             [
-                {"gpu_busy_at_most": (min(own, busy_s / total_s), "of 1", "higher")}
+                {"gpu_busy_estimate": (min(own, busy_s / total_s), "of 1", "higher")}
                 for own, total_s in zip(
                     eager["figures"]["gpu_busy"]["samples"],
                     eager["figures"]["total_s"]["samples"],

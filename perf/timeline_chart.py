@@ -46,8 +46,8 @@ def timeline_chart(result: Result, workload: str, *, name: str) -> Chart | None:
         "host: the code that takes the outputs. "
         + ("" if result.has_gpu else "On the CPU a launch is the computation itself. ")
         + (
-            "Without graphs (eager) the gaps between a step's kernels cannot be seen, so its share "
-            "is an upper bound: what the same kernels take as graphs, where those ran too. "
+            "Without graphs (eager) the gaps between a step's kernels cannot be seen: its share is "
+            "about what they take as graphs or, where those did not run, an upper bound. "
             if result.has_gpu and "eager" in modes
             else ""
         )
@@ -58,7 +58,10 @@ def timeline_chart(result: Result, workload: str, *, name: str) -> Chart | None:
 
 def busy_text(mode: str, measured: Measured) -> str | None:
     """Busy share of the whole run, if it was measured."""
-    busy = measured.figures.get("gpu_busy_at_most") or measured.figures.get("gpu_busy")
+    estimate = measured.figures.get("gpu_busy_estimate")
+    if estimate is not None:
+        return f"about {percent(estimate.median)}"
+    busy = measured.figures.get("gpu_busy")
     if busy is None:
         return None
     return ("≤ " if mode == "eager" else "") + percent(busy.median)

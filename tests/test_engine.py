@@ -655,7 +655,8 @@ def test_garbage_collector_skips_what_was_there_while_a_stream_runs(world: World
             raise OSError("disk gone")
 
     with world.llm() as llm:
-        assert gc.get_freeze_count() == 0
+        before = gc.get_freeze_count()  # not 0 in Python 3.12
+        assert before < 2000
         stream = llm.stream(requests())
         try:
             for _ in stream:
@@ -665,7 +666,7 @@ def test_garbage_collector_skips_what_was_there_while_a_stream_runs(world: World
                     stream.close()
         except OSError:
             assert end == "raised"
-        assert gc.get_freeze_count() == 0
+        assert gc.get_freeze_count() <= before
 
 
 def test_objects_a_program_froze_itself_stay_frozen(world: World) -> None:

@@ -29,6 +29,7 @@ _FEW_PROGRAMS = 105
 _FEW_HEADS = 2
 _SPLIT_PROGRAMS = 256
 _MAX_SPLITS = 16
+_MIN_DOT = 16  # tl.dot takes no less
 
 
 class FlashAttention:
@@ -176,7 +177,7 @@ class FlashAttention:
 
 def decode_splits(num_rows: int, *, num_heads: int, num_kv_heads: int, head_dim: int) -> int | None:
     """Splits of a decode step by `kernels.paged_decode`; None where flash-attn is to run it."""
-    if head_dim & (head_dim - 1):
+    if head_dim < _MIN_DOT or head_dim & (head_dim - 1):
         return None
     if num_rows >= _MANY_ROWS:
         return 1
