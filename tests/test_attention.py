@@ -328,6 +328,7 @@ def test_decoding_goes_where_it_was_faster(
     assert decode_splits(num_rows, **heads, head_dim=128) == splits
     assert decode_splits(num_rows, **heads, head_dim=96) is None, "no power of 2"
     assert decode_splits(num_rows, **heads, head_dim=8) is None, "too short for tl.dot"
+    assert decode_splits(num_rows, **heads, head_dim=256) is None, "not measured"
 
 
 @pytest.mark.gpu

@@ -29,7 +29,9 @@ _FEW_PROGRAMS = 105
 _FEW_HEADS = 2
 _SPLIT_PROGRAMS = 256
 _MAX_SPLITS = 16
-_MIN_DOT = 16  # tl.dot takes no less
+# tl.dot takes no shorter heads; longer ones were not measured, and need more shared memory than some
+# GPUs have.
+_HEAD_DIMS = (16, 32, 64, 128)
 
 
 class FlashAttention:
@@ -177,7 +179,7 @@ class FlashAttention:
 
 def decode_splits(num_rows: int, *, num_heads: int, num_kv_heads: int, head_dim: int) -> int | None:
     """Splits of a decode step by `kernels.paged_decode`; None where flash-attn is to run it."""
-    if head_dim < _MIN_DOT or head_dim & (head_dim - 1):
+    if head_dim not in _HEAD_DIMS:
         return None
     if num_rows >= _MANY_ROWS:
         return 1
