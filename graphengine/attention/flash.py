@@ -29,8 +29,8 @@ _FEW_PROGRAMS = 105
 _FEW_HEADS = 2
 _SPLIT_PROGRAMS = 256
 _MAX_SPLITS = 16
-# tl.dot takes no shorter heads; longer ones were not measured, and need more shared memory than some
-# GPUs have.
+# tl.dot takes no shorter heads; longer ones were not measured, and need more shared memory than
+# some GPUs have.
 _HEAD_DIMS = (16, 32, 64, 128)
 
 
