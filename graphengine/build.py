@@ -123,6 +123,7 @@ def _load_model(resolved: Resolved) -> DecoderModel:
         kernels=kernels_for(resolved.device),
         attention=resolved.attention,
         max_model_len=resolved.max_model_len,
+        block_size=resolved.block_size,
     )
     if is_dummy:
         dummy_weights(model, seed=resolved.config.seed)

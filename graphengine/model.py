@@ -5,6 +5,8 @@ Letters: N tokens, n rows, E hidden, V vocab.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,9 @@ from graphengine.kernels import Kernels
 from graphengine.kv_cache import KVCache
 from graphengine.layers import DecoderLayer, empty_parameter, rope_table
 from graphengine.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from graphengine.kernels.decode_chain import DecodeChain
 
 
 class DecoderModel(nn.Module):
@@ -29,6 +34,7 @@ class DecoderModel(nn.Module):
         kernels: Kernels,
         attention: AttentionBackend,
         max_model_len: int,
+        block_size: int,
     ) -> None:
         super().__init__()
         self.config = config
@@ -56,6 +62,9 @@ class DecoderModel(nn.Module):
         self._cos_sin = rope_table(
             config.rope, head_dim=config.head_dim, num_positions=max_model_len, device=device
         )
+        self._chain = kernels.decode_chain(
+            config, cos_sin=self._cos_sin, block_size=block_size, dtype=dtype, device=device
+        )
 
     def forward(
         self,
@@ -68,12 +77,39 @@ class DecoderModel(nn.Module):
 
         Writes the tokens' keys and values to `kv` at metadata.slot_mapping. Positions must be below
         max_model_len. With DecodeMetadata it does not sync on CUDA."""
+        chain = self._chain
+        if chain is not None and isinstance(metadata, DecodeMetadata):
+            if len(input_ids) <= chain.max_rows:
+                return self._chained(chain, input_ids, positions, kv, metadata)
         residual = F.embedding(input_ids, self.embed_tokens)
         added: Tensor | None = None
         for layer, k_cache, v_cache in zip(self.layers, kv.k, kv.v, strict=True):
             added = layer(added, residual, positions, self._cos_sin, k_cache, v_cache, metadata)
         assert added is not None, "a ModelConfig has at least one layer"
         return self._kernels.add_rms_norm(added, residual, self.norm, self.config.rms_norm_eps)
+
+    def _chained(
+        self,
+        chain: DecodeChain,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv: KVCache,
+        metadata: DecodeMetadata,
+    ) -> Tensor:
+        """`forward` with one launch between two attentions."""
+        layers: list[DecoderLayer] = list(self.layers)  # type: ignore[arg-type]
+        slots = metadata.slot_mapping
+        q = chain.begin(
+            input_ids, positions, self.embed_tokens, layers[0], kv.k[0], kv.v[0], slots
+        )
+        for index, layer in enumerate(layers[:-1]):
+            attended = layer.decode_attention(q, kv.k[index], kv.v[index], metadata)
+            caches = kv.k[index + 1], kv.v[index + 1]
+            q = chain.between(
+                index, attended, positions, layer, layers[index + 1], *caches, slots
+            )
+        attended = layers[-1].decode_attention(q, kv.k[-1], kv.v[-1], metadata)
+        return chain.end(attended, layers[-1], self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, E] -> [n, V] in the model's dtype."""

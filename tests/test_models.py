@@ -58,6 +58,7 @@ def empty_model(
         kernels=kernels_for(device),
         attention=attention or make_attention("reference", device),
         max_model_len=max_model_len,
+        block_size=BLOCK_SIZE,
     )
 
 

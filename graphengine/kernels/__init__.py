@@ -7,12 +7,16 @@ host (see `reference.sample` for the one CPU-only exception) and can be captured
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from graphengine.errors import BackendError
+from graphengine.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from graphengine.kernels.decode_chain import DecodeChain
 
 
 class Kernels(Protocol):
@@ -44,6 +48,16 @@ class Kernels(Protocol):
     ) -> Tensor: ...
 
     def linear_silu_mul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def decode_chain(
+        self,
+        config: ModelConfig,
+        *,
+        cos_sin: Tensor,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> DecodeChain | None: ...
 
     def sample(
         self,

@@ -13,12 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from graphengine.kernels.decode_chain import DecodeChain
 from graphengine.kernels.fused_linear import linear, linear_silu_mul
 from graphengine.kernels.fused_sampling import sample
 from graphengine.kernels.launch import early_launch, enter_early
+from graphengine.model_config import ModelConfig
 
 __all__ = [
     "add_rms_norm",
+    "decode_chain",
     "linear",
     "linear_silu_mul",
     "rms_norm",
@@ -128,6 +131,20 @@ def rope_and_cache(
     heads = out.view(num_tokens, all_heads, head_dim)
     q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
     return q, k, v
+
+
+def decode_chain(
+    config: ModelConfig,
+    *,
+    cos_sin: Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> DecodeChain | None:
+    """`reference.decode_chain`."""
+    if not DecodeChain.takes(config, dtype=dtype, device=device):
+        return None
+    return DecodeChain(config, cos_sin=cos_sin, block_size=block_size, device=device)
 
 
 def _splits(x: Tensor) -> tuple[int, int]:

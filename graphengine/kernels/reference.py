@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphengine.model_config import ModelConfig
+
 # A temperature below this is greedy: logits / temperature would drown the noise, then overflow.
 MIN_TEMPERATURE = 1e-6
 
@@ -88,6 +90,11 @@ def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     [2I]: [N, I]. The product is rounded to x's dtype first."""
     gate, up = linear(x, weight, bias).float().chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+
+
+def decode_chain(config: ModelConfig, **_: object) -> None:
+    """What runs all between two attentions of a decode step at once, for the models and devices
+    that have it (`kernels.decode_chain.DecodeChain`); None: the functions above, one by one."""
 
 
 def sample(

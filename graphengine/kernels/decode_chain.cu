@@ -1,0 +1,707 @@
+// Everything of a decode step between one attention and the next, as one launch that never leaves
+// the multiprocessors: o_proj, residual and norm, gate and up, SiLU, down, residual and norm, qkv,
+// q/k norm, RoPE and the KV cache. See decode_chain.py for what it computes and when it is used.
+//
+// A product of few rows is bound by the reading of its weights, and what a kernel of its own loses
+// is its start and its drain. Here one warp of every block does nothing but stream weights into a
+// ring of shared memory, through all products of the launch: while the blocks wait for each other
+// the next product's weights keep coming.
+//
+// A product [N, C] x [F, C] is cut into units of 128 features by 64 of C, and every block takes an
+// equal, contiguous share of the units in feature-major order. So the features of a tile may be
+// summed by several blocks, each over its part of C; the parts are written out in float32 and added
+// in their order. The cut does not depend on N: neither does any bit of a row's result.
+//
+// Blocks wait for each other through counters in memory, so all must be resident: the grid is one
+// block a multiprocessor. PTX ISA 8: mbarrier, cp.async.bulk.tensor, wgmma, griddepcontrol; the
+// layout of wgmma's accumulators and of its shared-memory descriptors is from there.
+//
+// Set when compiled: NR (rows, padded: 8, 16, 32 or 64), GRID, HIDDEN, INTER, HEADS, KV_HEADS,
+// HEAD_DIM. Letters: N rows, F output features, C input features.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short bf16;
+
+constexpr int TILE_F = 128;
+constexpr int UNIT_C = 64;
+constexpr int W_BYTES = TILE_F * UNIT_C * 2;
+constexpr int X_BYTES = NR * UNIT_C * 2;
+constexpr int X_STAGES = 8;
+constexpr int W_STAGES = NR == 64 ? 10 : NR == 32 ? 12 : 13;
+constexpr int CONSUMERS = 256;  // two warpgroups, 64 features of a tile each
+constexpr int WARPS = CONSUMERS / 32;
+constexpr int COUNTER_STRIDE = 32;  // a 128-byte line each
+constexpr int SLOT = TILE_F * NR;   // floats of one partial sum
+
+enum Phase { O_PROJ, GATE_UP, DOWN, QKV, NUM_PHASES };
+
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+struct Params {
+    TensorMap weights[NUM_PHASES];
+    TensorMap attended, normed_map, activated_map;
+    float* partials;
+    float* squares;  // [GRID, NR]: each block's part of the sums of squares of the residual's rows
+    u32* counters;   // zeros; [2 * NUM_PHASES, COUNTER_STRIDE]
+    bf16* residual;  // [NR, HIDDEN]
+    bf16* normed;    // [NR, HIDDEN]: residual times norm weight, not yet divided by its RMS
+    bf16* activated; // [NR, INTER]
+    float* unscaled; // [NR, HIDDEN]: `normed` in float32, of the last norm
+    bf16* hidden;    // [N, HIDDEN]: the output of the last norm
+    bf16* q;         // [N, HEADS, HEAD_DIM]
+    const bf16* post_norm;
+    const bf16* next_norm;
+    const bf16* qkv_bias;  // or null, as are the two below
+    const bf16* q_norm;
+    const bf16* k_norm;
+    bf16* k_cache;
+    bf16* v_cache;
+    const long long* slots;
+    const long long* positions;
+    const float* cos_sin;
+    const long long* token_ids;
+    const bf16* embedding;
+    long long k_block_stride, k_slot_stride, v_block_stride, v_slot_stride;
+    float eps;
+    int num_rows, block_size, first_phase, last_phase, is_first, is_last;
+};
+
+// --- the cut
+
+template <int PHASE>
+struct Cut {
+    static constexpr int F = PHASE == GATE_UP ? 2 * INTER
+                             : PHASE == QKV   ? (HEADS + 2 * KV_HEADS) * HEAD_DIM
+                                              : HIDDEN;
+    static constexpr int C = PHASE == O_PROJ ? HEADS * HEAD_DIM : PHASE == DOWN ? INTER : HIDDEN;
+    static constexpr int DEPTH = C / UNIT_C;  // units of a tile
+    static constexpr int UNITS = F / TILE_F * DEPTH;
+    static constexpr int MAX_PARTS = (DEPTH - 1) / (UNITS / GRID) + 2;  // of a tile
+    static_assert(F % TILE_F == 0 && C % UNIT_C == 0 && UNITS >= GRID, "see decode_chain.py");
+
+    static __device__ int begin(int block) { return (int)((long long)block * UNITS / GRID); }
+    static __device__ int owner(int unit) {
+        return (int)(((long long)(unit + 1) * GRID - 1) / UNITS);
+    }
+};
+
+// --- instructions
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return (u32)__cvta_generic_to_shared(pointer);
+}
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                 "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    u32 done;
+    do {
+        asm volatile(
+            "{\n.reg .pred p;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;\n}"
+            : "=r"(done)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+    } while (!done);
+}
+
+// A box of 64 elements of the inner dimension from column `c` of row `r` on.
+__device__ __forceinline__ void load_box(
+    u32 to, const TensorMap* map, int c, int r, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+        "l"(map), "r"(c), "r"(r), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+__device__ __forceinline__ u64 policy_evict_first() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ u64 policy_evict_last() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// Rows of 128 bytes, 8 of them 1,024 bytes apart from the next 8, 128-byte swizzle.
+__device__ __forceinline__ u64 descriptor(u32 address) {
+    return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+#if NR == 8
+#define ACCUMULATORS "{%0, %1, %2, %3}"
+#define OPERANDS(a) "+f"(a[0]), "+f"(a[1]), "+f"(a[2]), "+f"(a[3])
+#define INPUTS "%4, %5"
+#define SHAPE "m64n8k16"
+#elif NR == 16
+#define ACCUMULATORS "{%0, %1, %2, %3, %4, %5, %6, %7}"
+#define OPERANDS(a) \
+    "+f"(a[0]), "+f"(a[1]), "+f"(a[2]), "+f"(a[3]), "+f"(a[4]), "+f"(a[5]), "+f"(a[6]), "+f"(a[7])
+#define INPUTS "%8, %9"
+#define SHAPE "m64n16k16"
+#elif NR == 32
+#define ACCUMULATORS \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
+#define OPERANDS(a) \
+    "+f"(a[0]), "+f"(a[1]), "+f"(a[2]), "+f"(a[3]), "+f"(a[4]), "+f"(a[5]), "+f"(a[6]), \
+    "+f"(a[7]), "+f"(a[8]), "+f"(a[9]), "+f"(a[10]), "+f"(a[11]), "+f"(a[12]), "+f"(a[13]), \
+    "+f"(a[14]), "+f"(a[15])
+#define INPUTS "%16, %17"
+#define SHAPE "m64n32k16"
+#elif NR == 64
+#define ACCUMULATORS \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define OPERANDS(a) \
+    "+f"(a[0]), "+f"(a[1]), "+f"(a[2]), "+f"(a[3]), "+f"(a[4]), "+f"(a[5]), "+f"(a[6]), \
+    "+f"(a[7]), "+f"(a[8]), "+f"(a[9]), "+f"(a[10]), "+f"(a[11]), "+f"(a[12]), "+f"(a[13]), \
+    "+f"(a[14]), "+f"(a[15]), "+f"(a[16]), "+f"(a[17]), "+f"(a[18]), "+f"(a[19]), "+f"(a[20]), \
+    "+f"(a[21]), "+f"(a[22]), "+f"(a[23]), "+f"(a[24]), "+f"(a[25]), "+f"(a[26]), "+f"(a[27]), \
+    "+f"(a[28]), "+f"(a[29]), "+f"(a[30]), "+f"(a[31])
+#define INPUTS "%32, %33"
+#define SHAPE "m64n64k16"
+#endif
+
+// sums += 64 features by 16 of C, times 16 of C by NR rows.
+__device__ __forceinline__ void multiply(float (&sums)[NR / 2], u64 w, u64 x) {
+    asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32.bf16.bf16 " ACCUMULATORS ", " INPUTS
+                 ", 1, 1, 1, 0, 0;"
+                 : OPERANDS(sums)
+                 : "l"(w), "l"(x));
+}
+
+__device__ __forceinline__ void multiply_begin() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void multiply_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int PENDING>
+__device__ __forceinline__ void multiply_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+__device__ __forceinline__ void consumers_meet() {
+    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+}
+
+// What this thread has written by ordinary stores can be read by the copy engine.
+__device__ __forceinline__ void publish_to_copy_engine() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+__device__ __forceinline__ void grid_arrive(u32* counter) {
+    asm volatile("fence.acq_rel.gpu;\nred.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter)
+                 : "memory");
+}
+
+__device__ __forceinline__ void grid_wait(const u32* counter) {
+    u32 arrived;
+    do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                     : "=r"(arrived)
+                     : "l"(counter)
+                     : "memory");
+    } while (arrived < GRID);
+}
+
+__device__ __forceinline__ u32* parts_written(const Params& p, int phase) {
+    return p.counters + 2 * phase * COUNTER_STRIDE;
+}
+
+__device__ __forceinline__ u32* input_written(const Params& p, int phase) {
+    return p.counters + (2 * phase + 1) * COUNTER_STRIDE;
+}
+
+__device__ __forceinline__ float to_float(bf16 value) { return __uint_as_float((u32)value << 16); }
+
+__device__ __forceinline__ bf16 to_bf16(float value) {
+    bf16 rounded;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
+    return rounded;
+}
+
+// COUNT consecutive values, as wide as they are aligned: to COUNT * 2 bytes, 16 at most.
+template <int COUNT>
+__device__ __forceinline__ void load_values(float (&values)[COUNT], const bf16* from) {
+    if constexpr (COUNT % 8 == 0) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 8) {
+            const uint4 words = __ldcg((const uint4*)(from + i));
+            const u32 all[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+            for (int j = 0; j < 8; j++) values[i + j] = to_float((bf16)(all[j / 2] >> j % 2 * 16));
+        }
+    } else if constexpr (COUNT == 4) {
+        const uint2 words = __ldcg((const uint2*)from);
+        const u32 all[2] = {words.x, words.y};
+#pragma unroll
+        for (int j = 0; j < 4; j++) values[j] = to_float((bf16)(all[j / 2] >> j % 2 * 16));
+    } else {
+#pragma unroll
+        for (int j = 0; j < COUNT; j++) values[j] = to_float(__ldcg(from + j));
+    }
+}
+
+template <int COUNT>
+__device__ __forceinline__ void store_values(bf16* to, const float (&values)[COUNT]) {
+    if constexpr (COUNT % 2 == 0) {
+        u32 words[COUNT / 2];
+#pragma unroll
+        for (int j = 0; j < COUNT / 2; j++)
+            words[j] = (u32)to_bf16(values[2 * j]) | (u32)to_bf16(values[2 * j + 1]) << 16;
+        if constexpr (COUNT % 8 == 0) {
+#pragma unroll
+            for (int j = 0; j < COUNT / 2; j += 4)
+                ((uint4*)to)[j / 4] =
+                    make_uint4(words[j], words[j + 1], words[j + 2], words[j + 3]);
+        } else if constexpr (COUNT == 4) {
+            *(uint2*)to = make_uint2(words[0], words[1]);
+        } else {
+#pragma unroll
+            for (int j = 0; j < COUNT / 2; j++) ((u32*)to)[j] = words[j];
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < COUNT; j++) to[j] = to_bf16(values[j]);
+    }
+}
+
+// --- shared memory
+
+struct Ring {
+    u32 stage = 0, parity = 0;
+    __device__ __forceinline__ void advance(u32 num_stages) {
+        if (++stage == num_stages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+struct Shared {
+    u32 w, x;                          // data: 1,024-byte aligned
+    u32 w_full, w_empty, x_full, x_empty;  // barriers of 8 bytes
+    float* scale;                      // [NR]: 1 / RMS of each row
+    float* scratch;                    // [CONSUMERS]
+};
+
+constexpr int BARRIERS = 2 * (W_STAGES + X_STAGES);
+constexpr int SHARED_BYTES = 1024 + W_STAGES * W_BYTES + X_STAGES * X_BYTES + BARRIERS * 8 +
+                             (NR + CONSUMERS) * 4;
+
+// --- who loads
+
+template <int PHASE>
+__device__ __forceinline__ void stream_weights(
+    const Params& p, const Shared& s, Ring& ring, int block, u64 policy) {
+    using cut = Cut<PHASE>;
+    const TensorMap* map = &p.weights[PHASE];
+    const int end = cut::begin(block + 1);
+    for (int unit = cut::begin(block); unit < end; unit++) {
+        const int tile = unit / cut::DEPTH, c = unit % cut::DEPTH * UNIT_C;
+        const int row = PHASE == GATE_UP ? tile * 64 : tile * TILE_F;
+        const u32 full = s.w_full + ring.stage * 8, to = s.w + ring.stage * W_BYTES;
+        barrier_wait(s.w_empty + ring.stage * 8, ring.parity ^ 1);
+        barrier_expect(full, W_BYTES);
+        load_box(to, map, c, row, full, policy);
+        // Of gate and up each warpgroup has one, and the same features of it.
+        load_box(to + W_BYTES / 2, map, c, PHASE == GATE_UP ? INTER + row : row + 64, full, policy);
+        ring.advance(W_STAGES);
+    }
+}
+
+template <int PHASE>
+__device__ __forceinline__ void stream_inputs(
+    const Params& p, const Shared& s, Ring& ring, int block, u64 policy) {
+    using cut = Cut<PHASE>;
+    const TensorMap* map = PHASE == O_PROJ ? &p.attended
+                           : PHASE == DOWN ? &p.activated_map
+                                           : &p.normed_map;
+    if (PHASE != O_PROJ) grid_wait(input_written(p, PHASE));
+    publish_to_copy_engine();
+    const int end = cut::begin(block + 1);
+    for (int unit = cut::begin(block); unit < end; unit++) {
+        const u32 full = s.x_full + ring.stage * 8;
+        barrier_wait(s.x_empty + ring.stage * 8, ring.parity ^ 1);
+        barrier_expect(full, X_BYTES);
+        load_box(s.x + ring.stage * X_BYTES, map, unit % cut::DEPTH * UNIT_C, 0, full, policy);
+        ring.advance(X_STAGES);
+    }
+}
+
+// --- who computes
+
+// This block's share of a product, into `partials`.
+template <int PHASE>
+__device__ __forceinline__ void multiply_units(
+    const Params& p, const Shared& s, Ring& w_ring, Ring& x_ring, int block, int thread) {
+    using cut = Cut<PHASE>;
+    const int lane = thread % 32, group = thread / 128;
+    const int end = cut::begin(block + 1);
+    for (int unit = cut::begin(block); unit < end;) {
+        const int tile = unit / cut::DEPTH;
+        const int stop = min(end, (tile + 1) * cut::DEPTH);
+        float sums[NR / 2];
+#pragma unroll
+        for (int i = 0; i < NR / 2; i++) sums[i] = 0.0f;
+        u32 w_used = 0, x_used = 0;
+        for (; unit < stop; unit++) {
+            barrier_wait(s.w_full + w_ring.stage * 8, w_ring.parity);
+            barrier_wait(s.x_full + x_ring.stage * 8, x_ring.parity);
+            const u64 w = descriptor(s.w + w_ring.stage * W_BYTES + group * (W_BYTES / 2));
+            const u64 x = descriptor(s.x + x_ring.stage * X_BYTES);
+            multiply_begin();
+#pragma unroll
+            for (int k = 0; k < UNIT_C / 16; k++)
+                multiply(sums, w + 2 * k, x + 2 * k);  // 32 bytes further in a row
+            multiply_commit();
+            if (w_used != 0) {
+                multiply_wait<1>();
+                if (lane == 0) {
+                    barrier_arrive(w_used);
+                    barrier_arrive(x_used);
+                }
+            }
+            w_used = s.w_empty + w_ring.stage * 8;
+            x_used = s.x_empty + x_ring.stage * 8;
+            w_ring.advance(W_STAGES);
+            x_ring.advance(X_STAGES);
+        }
+        multiply_wait<0>();
+        if (lane == 0) {
+            barrier_arrive(w_used);
+            barrier_arrive(x_used);
+        }
+        const int part = block - cut::owner(tile * cut::DEPTH);
+        float* to = p.partials + (long long)(tile * cut::MAX_PARTS + part) * SLOT;
+        to += (group * 64 + thread % 128 / 32 * 16 + lane / 4) * NR + lane % 4 * 2;
+#pragma unroll
+        for (int j = 0; j < NR / 8; j++) {
+            *(float2*)(to + j * 8) = make_float2(sums[4 * j], sums[4 * j + 1]);
+            *(float2*)(to + 8 * NR + j * 8) = make_float2(sums[4 * j + 2], sums[4 * j + 3]);
+        }
+    }
+}
+
+// sums[i] = row n of feature f + i of a tile, over all its parts in their order.
+template <int PHASE, int COUNT>
+__device__ __forceinline__ void add_parts(
+    float (&sums)[COUNT], const Params& p, int tile, int f, int n) {
+    using cut = Cut<PHASE>;
+    const int first = cut::owner(tile * cut::DEPTH);
+    const int num_parts = cut::owner(tile * cut::DEPTH + cut::DEPTH - 1) - first + 1;
+    const float* from = p.partials + (long long)tile * cut::MAX_PARTS * SLOT + f * NR + n;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) sums[i] = 0.0f;
+    // Enough loads under way at once, and not too many registers.
+    constexpr int AT_ONCE = COUNT >= 16 ? 2 : 16 / COUNT;
+#pragma unroll AT_ONCE
+    for (int part = 0; part < num_parts; part++) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) sums[i] += __ldcg(from + (long long)part * SLOT + i * NR);
+    }
+}
+
+// Pieces of COUNT features by one row, a warp's pieces side by side in N; warps of one block are
+// far apart, so that few pieces are spread over all blocks.
+template <int FEATURES>
+struct Pieces {
+    static constexpr int THREADS = GRID * CONSUMERS;
+    static constexpr int COUNT = FEATURES / 4 * NR >= THREADS / 2   ? 4
+                                 : FEATURES / 2 * NR >= THREADS / 2 ? 2
+                                                                    : 1;
+    static constexpr int TOTAL = FEATURES / COUNT * NR;
+    static __device__ int first(int block, int thread) {
+        return (thread / 32 * GRID + block) * 32 + thread % 32;
+    }
+};
+
+// residual += the product (of phase FROM; NUM_PHASES: residual = the embeddings), and its row's sum
+// of squares; `normed` gets it times the norm's weight.
+template <int FROM>
+__device__ __forceinline__ void add_to_residual(
+    const Params& p, const Shared& s, const bf16* norm, int block, int thread) {
+    using pieces = Pieces<HIDDEN>;
+    constexpr int COUNT = pieces::COUNT;
+    float square = 0.0f;
+    for (int piece = pieces::first(block, thread); piece < pieces::TOTAL;
+         piece += pieces::THREADS) {
+        const int n = piece % NR, f = piece / NR * COUNT;
+        if (n >= p.num_rows) continue;
+        float sums[COUNT], before[COUNT], weights[COUNT], out[COUNT];
+        bf16* residual = p.residual + n * HIDDEN + f;
+        load_values(weights, norm + f);
+        if constexpr (FROM == NUM_PHASES) {
+            load_values(sums, p.embedding + p.token_ids[n] * HIDDEN + f);
+        } else {
+            load_values(before, residual);
+            add_parts<FROM>(sums, p, f / TILE_F, f % TILE_F, n);
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) sums[i] += before[i];
+        }
+        store_values(residual, sums);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            square += sums[i] * sums[i];
+            out[i] = sums[i] * weights[i];
+        }
+        if (p.is_last && FROM == DOWN) {
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) p.unscaled[n * HIDDEN + f + i] = out[i];
+        } else {
+            store_values(p.normed + n * HIDDEN + f, out);
+        }
+    }
+    // A thread's pieces are all of one row, that of `first`: the stride between them is a multiple
+    // of NR.
+#pragma unroll
+    for (int lanes = 16; lanes >= NR; lanes /= 2)
+        square += __shfl_xor_sync(0xFFFFFFFF, square, lanes);
+    s.scratch[thread] = square;
+    consumers_meet();
+    if (thread < NR) {
+        float total = 0.0f;
+#pragma unroll
+        for (int warp = 0; warp < WARPS; warp++)
+            if (NR <= 32 || (warp * GRID + block) % 2 == thread / 32)
+                total += s.scratch[warp * 32 + thread % 32];
+        p.squares[block * NR + thread] = total;
+    }
+}
+
+// s.scale = 1 / RMS of each row, once all have written their sums of squares.
+__device__ __forceinline__ void take_scales(
+    const Params& p, const Shared& s, const u32* written, int thread) {
+    constexpr int SHARES = CONSUMERS / NR;
+    constexpr int STEPS = (GRID + SHARES - 1) / SHARES;
+    if (thread == 0) grid_wait(written);
+    consumers_meet();
+    const int n = thread % NR, share = thread / NR;
+    float total = 0.0f;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+        const int block = share + step * SHARES;
+        if (block < GRID) total += __ldcg(p.squares + block * NR + n);
+    }
+    s.scratch[thread] = total;
+    consumers_meet();
+    if (thread < NR) {
+        total = 0.0f;
+        for (int other = 0; other < SHARES; other++) total += s.scratch[other * NR + thread];
+        s.scale[thread] = rsqrtf(total / HIDDEN + p.eps);
+    }
+    consumers_meet();
+}
+
+__device__ __forceinline__ void activate(
+    const Params& p, const Shared& s, int block, int thread) {
+    using pieces = Pieces<INTER>;
+    constexpr int COUNT = pieces::COUNT;
+    for (int piece = pieces::first(block, thread); piece < pieces::TOTAL;
+         piece += pieces::THREADS) {
+        const int n = piece % NR, f = piece / NR * COUNT;
+        if (n >= p.num_rows) continue;
+        float gate[COUNT], up[COUNT];
+        add_parts<GATE_UP>(gate, p, f / 64, f % 64, n);
+        add_parts<GATE_UP>(up, p, f / 64, 64 + f % 64, n);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            // Rounded as they are where they are stored between two kernels.
+            const float g = to_float(to_bf16(gate[i] * s.scale[n]));
+            const float u = to_float(to_bf16(up[i] * s.scale[n]));
+            gate[i] = g / (1.0f + __expf(-g)) * u;
+        }
+        store_values(p.activated + n * INTER + f, gate);
+    }
+}
+
+// q/k norm, RoPE, q out, k and v into the cache. A warp takes a head of 8 rows, four lanes a row.
+__device__ __forceinline__ void rotate_and_cache(
+    const Params& p, const Shared& s, int block, int thread) {
+    constexpr int QUARTER = HEAD_DIM / 8;  // of each half
+    constexpr int ITEMS = (HEADS + 2 * KV_HEADS) * (NR / 8);
+    const int lane = thread % 32, from = lane / 8 * QUARTER;
+    for (int item = thread / 32 * GRID + block; item < ITEMS; item += WARPS * GRID) {
+        const int head = item / (NR / 8), n = item % (NR / 8) * 8 + lane % 8;
+        float first[QUARTER], second[QUARTER];
+        const int f = head * HEAD_DIM;
+        add_parts<QKV>(first, p, f / TILE_F, f % TILE_F + from, n);
+        add_parts<QKV>(second, p, f / TILE_F, f % TILE_F + from + HEAD_DIM / 2, n);
+        float square = 0.0f;
+#pragma unroll
+        for (int i = 0; i < QUARTER; i++) {
+            first[i] *= s.scale[n];
+            second[i] *= s.scale[n];
+            if (p.qkv_bias) {
+                first[i] += to_float(p.qkv_bias[f + from + i]);
+                second[i] += to_float(p.qkv_bias[f + from + HEAD_DIM / 2 + i]);
+            }
+            square += first[i] * first[i] + second[i] * second[i];
+        }
+        // All lanes take part: rows past the end are computed too, and only not stored.
+        square += __shfl_xor_sync(0xFFFFFFFF, square, 8);
+        square += __shfl_xor_sync(0xFFFFFFFF, square, 16);
+        if (n >= p.num_rows) continue;
+        const long long slot = p.slots[n];
+        const long long at = slot / p.block_size, offset = slot % p.block_size;
+        bf16* to;
+        if (head >= HEADS + KV_HEADS) {
+            to = p.v_cache + at * p.v_block_stride + offset * p.v_slot_stride +
+                 (head - HEADS - KV_HEADS) * HEAD_DIM;
+        } else {
+            const bf16* weight = head < HEADS ? p.q_norm : p.k_norm;
+            if (weight) {
+                const float scale = rsqrtf(square / HEAD_DIM + p.eps);
+#pragma unroll
+                for (int i = 0; i < QUARTER; i++) {
+                    first[i] *= scale * to_float(weight[from + i]);
+                    second[i] *= scale * to_float(weight[from + HEAD_DIM / 2 + i]);
+                }
+            }
+            const float* cos = p.cos_sin + p.positions[n] * HEAD_DIM + from;
+#pragma unroll
+            for (int i = 0; i < QUARTER; i++) {
+                const float c = cos[i], sn = cos[HEAD_DIM / 2 + i], x = first[i], y = second[i];
+                first[i] = x * c - y * sn;
+                second[i] = y * c + x * sn;
+            }
+            to = head < HEADS ? p.q + (long long)(n * HEADS + head) * HEAD_DIM
+                              : p.k_cache + at * p.k_block_stride + offset * p.k_slot_stride +
+                                    (head - HEADS) * HEAD_DIM;
+        }
+        store_values(to + from, first);
+        store_values(to + from + HEAD_DIM / 2, second);
+    }
+}
+
+template <int PHASE>
+__device__ __forceinline__ void consume(
+    const Params& p, const Shared& s, Ring& w_ring, Ring& x_ring, int block, int thread) {
+    if (PHASE == GATE_UP || PHASE == QKV) take_scales(p, s, input_written(p, PHASE), thread);
+    multiply_units<PHASE>(p, s, w_ring, x_ring, block, thread);
+    consumers_meet();
+    if (thread == 0) {
+        grid_arrive(parts_written(p, PHASE));
+        grid_wait(parts_written(p, PHASE));
+    }
+    consumers_meet();
+    if constexpr (PHASE == O_PROJ) add_to_residual<O_PROJ>(p, s, p.post_norm, block, thread);
+    if constexpr (PHASE == GATE_UP) activate(p, s, block, thread);
+    if constexpr (PHASE == DOWN) add_to_residual<DOWN>(p, s, p.next_norm, block, thread);
+    if constexpr (PHASE == QKV) {
+        rotate_and_cache(p, s, block, thread);
+    } else {
+        publish_to_copy_engine();
+        consumers_meet();
+        if (thread == 0) grid_arrive(input_written(p, PHASE + 1));
+    }
+}
+
+// The last norm's division, for the head. Each thread reads what it wrote itself.
+__device__ __forceinline__ void finish(const Params& p, const Shared& s, int block, int thread) {
+    using pieces = Pieces<HIDDEN>;
+    constexpr int COUNT = pieces::COUNT;
+    take_scales(p, s, input_written(p, QKV), thread);
+    for (int piece = pieces::first(block, thread); piece < pieces::TOTAL;
+         piece += pieces::THREADS) {
+        const int n = piece % NR, f = piece / NR * COUNT;
+        if (n >= p.num_rows) continue;
+        float out[COUNT];
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) out[i] = p.unscaled[n * HIDDEN + f + i] * s.scale[n];
+        store_values(p.hidden + n * HIDDEN + f, out);
+    }
+}
+
+extern "C" __constant__ int shared_bytes = SHARED_BYTES;
+
+extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1)
+    decode_chain(const __grid_constant__ Params p) {
+    extern __shared__ char dynamic[];
+    const int block = blockIdx.x, thread = threadIdx.x;
+    Shared s;
+    s.w = (shared_address(dynamic) + 1023) & ~1023u;
+    s.x = s.w + W_STAGES * W_BYTES;
+    s.w_full = s.x + X_STAGES * X_BYTES;
+    s.w_empty = s.w_full + W_STAGES * 8;
+    s.x_full = s.w_empty + W_STAGES * 8;
+    s.x_empty = s.x_full + X_STAGES * 8;
+    s.scale = (float*)(dynamic + (s.x_empty + X_STAGES * 8 - shared_address(dynamic)));
+    s.scratch = s.scale + NR;
+    if (thread == 0) {
+        for (int i = 0; i < W_STAGES; i++) {
+            barrier_init(s.w_full + i * 8, 1);
+            barrier_init(s.w_empty + i * 8, WARPS);
+        }
+        for (int i = 0; i < X_STAGES; i++) {
+            barrier_init(s.x_full + i * 8, 1);
+            barrier_init(s.x_empty + i * 8, WARPS);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
+    }
+    __syncthreads();
+
+    if (thread == CONSUMERS) {  // weights: no kernel writes them, so no wait for the one before
+        const u64 policy = policy_evict_first();
+        Ring ring;
+        if (p.first_phase <= O_PROJ) {
+            stream_weights<O_PROJ>(p, s, ring, block, policy);
+            stream_weights<GATE_UP>(p, s, ring, block, policy);
+            stream_weights<DOWN>(p, s, ring, block, policy);
+        }
+        if (p.last_phase >= QKV) stream_weights<QKV>(p, s, ring, block, policy);
+        return;
+    }
+    if (thread > CONSUMERS && thread != CONSUMERS + 32) return;
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (thread == CONSUMERS + 32) {
+        const u64 policy = policy_evict_last();
+        Ring ring;
+        if (p.first_phase <= O_PROJ) {
+            stream_inputs<O_PROJ>(p, s, ring, block, policy);
+            stream_inputs<GATE_UP>(p, s, ring, block, policy);
+            stream_inputs<DOWN>(p, s, ring, block, policy);
+        }
+        if (p.last_phase >= QKV) stream_inputs<QKV>(p, s, ring, block, policy);
+        return;
+    }
+
+    Ring w_ring, x_ring;
+    if (p.is_first) {
+        add_to_residual<NUM_PHASES>(p, s, p.next_norm, block, thread);
+        publish_to_copy_engine();
+        consumers_meet();
+        if (thread == 0) grid_arrive(input_written(p, QKV));
+    }
+    if (p.first_phase <= O_PROJ) {
+        consume<O_PROJ>(p, s, w_ring, x_ring, block, thread);
+        consume<GATE_UP>(p, s, w_ring, x_ring, block, thread);
+        consume<DOWN>(p, s, w_ring, x_ring, block, thread);
+    }
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    if (p.last_phase >= QKV) consume<QKV>(p, s, w_ring, x_ring, block, thread);
+    if (p.is_last) finish(p, s, block, thread);
+}

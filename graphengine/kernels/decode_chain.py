@@ -1,0 +1,328 @@
+"""How does a decode step of few rows run on Hopper? One launch between two attentions.
+
+`decode_chain.cu` says how. This is its host side: which models it takes, its buffers, and how the
+copy engine is told where weights and inputs lie. A row's result does not depend on the number of
+rows: not one bit.
+
+Letters: N rows, E hidden, I intermediate, H query heads, K kv heads, D head dim, L layers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from cuda.bindings import driver
+from torch import Tensor
+
+from graphengine.kernels.nvrtc import Kernel, checked, compiled
+from graphengine.model_config import ModelConfig
+
+MAX_ROWS = 64
+_ROWS = (8, 16, 32, 64)  # a kernel each
+_SOURCE = Path(__file__).with_name("decode_chain.cu")
+_ARCHITECTURE = "sm_90a"
+_CAPABILITY = (9, 0)  # wgmma is Hopper's alone
+_NUM_THREADS = 320
+# As in decode_chain.cu.
+_TILE_F = 128
+_UNIT_C = 64
+_NUM_PHASES = 4
+_O_PROJ, _GATE_UP, _DOWN, _QKV = range(_NUM_PHASES)
+_COUNTERS = 2 * _NUM_PHASES * 32
+_BOX_ROWS = 64
+_HEAD_DIMS = (64, 128)
+
+
+class LayerWeights(Protocol):
+    """What the chain needs of `layers.DecoderLayer`."""
+
+    input_norm: Tensor
+    qkv_proj: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o_proj: Tensor
+    post_norm: Tensor
+    gate_up_proj: Tensor
+    down_proj: Tensor
+
+
+class _TensorMap(ctypes.Structure):
+    _fields_ = (("opaque", ctypes.c_uint64 * 16),)
+
+
+_POINTERS = (
+    "partials squares counters residual normed activated unscaled hidden q post_norm next_norm "
+    "qkv_bias q_norm k_norm k_cache v_cache slots positions cos_sin token_ids embedding"
+).split()
+_STRIDES = ("k_block_stride", "k_slot_stride", "v_block_stride", "v_slot_stride")
+_INTS = ("num_rows", "block_size", "first_phase", "last_phase", "is_first", "is_last")
+
+
+class _Params(ctypes.Structure):
+    """`Params` of decode_chain.cu, field by field."""
+
+    _fields_ = (
+        ("weights", _TensorMap * _NUM_PHASES),
+        ("attended", _TensorMap),
+        ("normed_map", _TensorMap),
+        ("activated_map", _TensorMap),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _STRIDES),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_int) for name in _INTS),
+    )
+
+
+class DecodeChain:
+    """The launches of a decode step of up to MAX_ROWS rows: `begin`, then `between` after each
+    layer's attention but the last, then `end`. All on torch's current stream; they can be captured,
+    and read the weights in place, at the addresses they had when they were first used."""
+
+    max_rows = MAX_ROWS
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        cos_sin: Tensor,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        """cos_sin: as `layers.rope_table` makes it. Compiles the kernels, or takes them from the
+        user's cache."""
+        self._config = config
+        self._cos_sin = cos_sin
+        self._block_size = block_size
+        self._device = device
+        self._num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        self._kernels = self._make_kernels()
+        h, e, i = config.num_heads * config.head_dim, config.hidden_size, config.intermediate_size
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self._partials = buffer(self._num_partials(), dtype=torch.float32)
+        self._squares = buffer(self._num_blocks, MAX_ROWS, dtype=torch.float32)
+        self._counters = buffer(config.num_layers + 1, _COUNTERS, dtype=torch.int32)
+        self._residual = buffer(MAX_ROWS, e)
+        self._normed = buffer(MAX_ROWS, e)
+        self._activated = buffer(MAX_ROWS, i)
+        self._unscaled = buffer(MAX_ROWS, e, dtype=torch.float32)
+        self._q = buffer(MAX_ROWS, h)
+        self._weight_maps: dict[int, _TensorMap] = {}
+        self._input_maps: dict[tuple[int, int], _TensorMap] = {}
+
+    @staticmethod
+    def takes(
+        config: ModelConfig, *, dtype: torch.dtype, device: torch.device, num_blocks: int | None = None
+    ) -> bool:
+        """Whether a model runs this way. num_blocks: of the device's multiprocessors, if `device`
+        is not to be asked."""
+        if num_blocks is None:
+            if device.type != "cuda" or torch.cuda.get_device_capability(device) != _CAPABILITY:
+                return False
+            num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        if dtype != torch.bfloat16 or config.head_dim not in _HEAD_DIMS:
+            return False
+        if config.o_bias or config.mlp_bias:
+            return False
+        return all(
+            features % _TILE_F == 0
+            and depth % _UNIT_C == 0
+            # Each block has a part of each product.
+            and features // _TILE_F * (depth // _UNIT_C) >= num_blocks
+            for features, depth in _products(config)
+        )
+
+    def begin(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        embedding: Tensor,
+        layer: LayerWeights,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """Embedding, first norm and the first layer's q, k and v: q [N, H, D]; k and v go to the
+        cache at slot_mapping."""
+        self._counters.zero_()
+        params = self._params(0, positions.shape[0])
+        params.token_ids = token_ids.data_ptr()
+        params.embedding = embedding.data_ptr()
+        params.next_norm = layer.input_norm.data_ptr()
+        params.first_phase, params.last_phase, params.is_first = _QKV, _QKV, 1
+        q = self._give_q(params, layer, positions, k_cache, v_cache, slot_mapping)
+        # The counters' zeros are written by no kernel: it must not start early.
+        self._launch(params, early=False)
+        return q
+
+    def between(
+        self,
+        index: int,
+        attended: Tensor,
+        positions: Tensor,
+        layer: LayerWeights,
+        next_layer: LayerWeights,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """The rest of layer `index` after its attention, attended [N, H, D], and the start of the
+        next: its q [N, H, D]; its k and v go to its caches."""
+        params = self._params(index + 1, attended.shape[0])
+        self._take_attended(params, attended, layer)
+        params.next_norm = next_layer.input_norm.data_ptr()
+        params.first_phase, params.last_phase = _O_PROJ, _QKV
+        q = self._give_q(params, next_layer, positions, k_cache, v_cache, slot_mapping)
+        self._launch(params, early=True)
+        return q
+
+    def end(self, attended: Tensor, layer: LayerWeights, norm: Tensor) -> Tensor:
+        """The rest of the last layer, and the model's last norm: [N, E]."""
+        num_rows = attended.shape[0]
+        params = self._params(self._config.num_layers, num_rows)
+        self._take_attended(params, attended, layer)
+        shape = (num_rows, self._config.hidden_size)
+        hidden = torch.empty(shape, dtype=attended.dtype, device=self._device)
+        params.hidden = hidden.data_ptr()
+        params.next_norm = norm.data_ptr()
+        params.first_phase, params.last_phase, params.is_last = _O_PROJ, _DOWN, 1
+        self._launch(params, early=True)
+        return hidden
+
+    def _params(self, launch: int, num_rows: int) -> _Params:
+        """What all launches of a step share. launch: its place among them."""
+        params = _Params()
+        params.partials = self._partials.data_ptr()
+        params.squares = self._squares.data_ptr()
+        params.counters = self._counters[launch].data_ptr()
+        params.residual = self._residual.data_ptr()
+        params.normed = self._normed.data_ptr()
+        params.activated = self._activated.data_ptr()
+        params.unscaled = self._unscaled.data_ptr()
+        params.normed_map = self._input_map(self._normed, num_rows)
+        params.activated_map = self._input_map(self._activated, num_rows)
+        params.cos_sin = self._cos_sin.data_ptr()
+        params.eps = self._config.rms_norm_eps
+        params.num_rows = num_rows
+        params.block_size = self._block_size
+        return params
+
+    def _take_attended(self, params: _Params, attended: Tensor, layer: LayerWeights) -> None:
+        # Not kept: attention's output lies wherever the allocator has put it.
+        params.attended = _tensor_map(attended.flatten(1), _padded(attended.shape[0]))
+        params.post_norm = layer.post_norm.data_ptr()
+        weights = (layer.o_proj, layer.gate_up_proj, layer.down_proj)
+        for phase, weight in zip((_O_PROJ, _GATE_UP, _DOWN), weights, strict=True):
+            params.weights[phase] = self._weight_map(weight)
+
+    def _give_q(
+        self,
+        params: _Params,
+        layer: LayerWeights,
+        positions: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        params.weights[_QKV] = self._weight_map(layer.qkv_proj)
+        for name in ("qkv_bias", "q_norm", "k_norm"):
+            weight: Tensor | None = getattr(layer, name)
+            setattr(params, name, None if weight is None else weight.data_ptr())
+        params.k_cache, params.v_cache = k_cache.data_ptr(), v_cache.data_ptr()
+        params.k_block_stride, params.k_slot_stride = k_cache.stride()[:2]
+        params.v_block_stride, params.v_slot_stride = v_cache.stride()[:2]
+        params.slots, params.positions = slot_mapping.data_ptr(), positions.data_ptr()
+        params.q = self._q.data_ptr()
+        num_rows = positions.shape[0]
+        return self._q[:num_rows].view(num_rows, self._config.num_heads, self._config.head_dim)
+
+    def _launch(self, params: _Params, *, early: bool) -> None:
+        # The kernel's struct is aligned to 64 bytes, so its size is a multiple of that.
+        padded = ctypes.create_string_buffer(-(-ctypes.sizeof(params) // 64) * 64)
+        ctypes.memmove(padded, ctypes.addressof(params), ctypes.sizeof(params))
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        kernel = self._kernels[_padded(params.num_rows)]
+        kernel.launch(padded, num_blocks=self._num_blocks, stream=stream, early=early)
+
+    def _weight_map(self, weight: Tensor) -> _TensorMap:
+        address = weight.data_ptr()
+        if address not in self._weight_maps:
+            self._weight_maps[address] = _tensor_map(weight, _BOX_ROWS)
+        return self._weight_maps[address]
+
+    def _input_map(self, buffer: Tensor, num_rows: int) -> _TensorMap:
+        key = (buffer.data_ptr(), _padded(num_rows))
+        if key not in self._input_maps:
+            self._input_maps[key] = _tensor_map(buffer, key[1])
+        return self._input_maps[key]
+
+    def _make_kernels(self) -> dict[int, Kernel]:
+        config = self._config
+        defines = {
+            "GRID": self._num_blocks,
+            "HIDDEN": config.hidden_size,
+            "INTER": config.intermediate_size,
+            "HEADS": config.num_heads,
+            "KV_HEADS": config.num_kv_heads,
+            "HEAD_DIM": config.head_dim,
+        }
+
+        def compile(rows: int) -> bytes:
+            return compiled(_SOURCE, architecture=_ARCHITECTURE, defines={**defines, "NR": rows})
+
+        with ThreadPoolExecutor(len(_ROWS)) as pool:
+            cubins = list(pool.map(compile, _ROWS))
+        return {
+            rows: Kernel(cubin, "decode_chain", num_threads=_NUM_THREADS)
+            for rows, cubin in zip(_ROWS, cubins, strict=True)
+        }
+
+    def _num_partials(self) -> int:
+        """Floats of the partial sums of the product that has the most; MAX_PARTS of the kernel."""
+        most = 0
+        for features, depth in _products(self._config):
+            tiles, units_a_tile = features // _TILE_F, depth // _UNIT_C
+            max_parts = (units_a_tile - 1) // (tiles * units_a_tile // self._num_blocks) + 2
+            most = max(most, tiles * max_parts * _TILE_F * MAX_ROWS)
+        return most
+
+
+def _products(config: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """(F, C) of each phase."""
+    e, i = config.hidden_size, config.intermediate_size
+    q_features = config.num_heads * config.head_dim
+    qkv_features = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return (e, q_features), (2 * i, e), (e, i), (qkv_features, e)
+
+
+def _padded(num_rows: int) -> int:
+    return next(rows for rows in _ROWS if rows >= num_rows)
+
+
+def _tensor_map(matrix: Tensor, box_rows: int) -> _TensorMap:
+    """How the copy engine finds boxes of box_rows x 64 elements in `matrix`, bfloat16, its rows
+    dense and multiples of 16 bytes apart. Rows past the end read as zeros."""
+    num_rows, num_columns = matrix.shape
+    tensor_map = checked(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2,
+            matrix.data_ptr(),
+            [driver.cuuint64_t(num_columns), driver.cuuint64_t(num_rows)],
+            [driver.cuuint64_t(matrix.stride(0) * matrix.element_size())],
+            [driver.cuuint32_t(_UNIT_C), driver.cuuint32_t(box_rows)],
+            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return _TensorMap.from_buffer_copy(ctypes.string_at(tensor_map.getPtr(), 128))

@@ -1,0 +1,115 @@
+"""How does CUDA C++ become a kernel that can be launched? NVRTC, with its output kept on disk.
+
+What is compiled is kept in the user's cache folder, so that only the first start ever pays for it
+(under a second a kernel). The driver's and NVRTC's functions are called through cuda-bindings, on
+which torch's own CUDA builds depend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cuda.bindings import driver, nvrtc
+
+_CACHE = Path.home() / ".cache" / "graphengine" / "kernels"
+
+
+class CompileError(RuntimeError):
+    """A kernel that ships with the package cannot be compiled or called here: a bug, or a CUDA
+    installation that does not fit."""
+
+
+class Kernel:
+    """One kernel of a compiled module, for blocks of one size and one amount of shared memory."""
+
+    def __init__(self, cubin: bytes, name: str, *, num_threads: int) -> None:
+        """The module keeps its dynamic shared memory's size in `shared_bytes`, an int."""
+        module = checked(driver.cuModuleLoadData(cubin))
+        self._function = checked(driver.cuModuleGetFunction(module, name.encode()))
+        address, _ = checked(driver.cuModuleGetGlobal(module, b"shared_bytes"))
+        size = ctypes.c_int()
+        checked(driver.cuMemcpyDtoH(ctypes.addressof(size), address, ctypes.sizeof(size)))
+        self._shared_bytes = size.value
+        self._num_threads = num_threads
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        checked(driver.cuFuncSetAttribute(self._function, attribute, size.value))
+
+    def launch(
+        self, params: ctypes.Array[ctypes.c_char], *, num_blocks: int, stream: int, early: bool
+    ) -> None:
+        """params: the kernel's only argument, read before this returns. early: it may start before
+        the kernel ahead of it in the stream has ended; it then waits itself."""
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = num_blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._num_threads, 1, 1
+        config.sharedMemBytes = self._shared_bytes
+        config.hStream = stream
+        if early:
+            ids = driver.CUlaunchAttributeID
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs = [attribute]
+            config.numAttrs = 1
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
+
+
+def compiled(path: Path, *, architecture: str, defines: Mapping[str, int]) -> bytes:
+    """The cubin of a CUDA C++ file for `architecture`, such as "sm_90a". Raises CompileError with
+    the compiler's log. Can run in several threads at once."""
+    source = path.read_text("utf-8")
+    options = [f"--gpu-architecture={architecture}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in defines.items()]
+    version = checked(nvrtc.nvrtcVersion())
+    key = hashlib.sha256("\0".join((source, *options, str(version))).encode()).hexdigest()
+    cached = _CACHE / f"{path.stem}-{key[:32]}.cubin"
+    with contextlib.suppress(OSError):
+        return cached.read_bytes()
+    cubin = _compile(source, path.name, options)
+    # Without a cache every start compiles: slower, and nothing is lost.
+    with contextlib.suppress(OSError):
+        _CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=_CACHE, delete=False) as file:
+            file.write(cubin)
+        os.replace(file.name, cached)
+    return cubin
+
+
+def _compile(source: str, name: str, options: list[str]) -> bytes:
+    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], []))
+    (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    if int(result) != 0:
+        log = bytes(checked(nvrtc.nvrtcGetProgramLogSize(program)))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise CompileError(f"{name} does not compile: {log.decode(errors='replace')}")
+    cubin = bytes(checked(nvrtc.nvrtcGetCUBINSize(program)))
+    checked(nvrtc.nvrtcGetCUBIN(program, cubin))
+    nvrtc.nvrtcDestroyProgram(program)
+    return cubin
+
+
+@functools.cache
+def multiprocessors(device_index: int) -> int:
+    device = checked(driver.cuDeviceGet(device_index))
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+    return int(checked(driver.cuDeviceGetAttribute(attribute, device)))
+
+
+def checked(result: tuple[Any, ...]) -> Any:
+    """What a function of cuda-bindings gave beside its status. Raises CompileError for another
+    status than success."""
+    status, *values = result
+    if int(status) != 0:
+        raise CompileError(f"a CUDA function failed: {status.name} ({int(status)})")
+    if not values:
+        return None
+    return values[0] if len(values) == 1 else tuple(values)

@@ -1,0 +1,240 @@
+"""Does the chain of kernels between two attentions compute what the single kernels compute?
+
+Tolerances: against a float32 reference of the same bfloat16 weights the chain may be as far off as
+rounding of its intermediate values to bfloat16 takes it: 1e-2 of a tensor's norm (2e-2 is the bound
+of the whole model's logits). Between two numbers of rows nothing may differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from graphengine.kernels import reference
+from graphengine.layers import rope_table
+from graphengine.model_config import ModelConfig, RopeConfig
+
+CUDA = torch.device("cuda")
+BLOCK_SIZE = 256
+NUM_BLOCKS = 3
+LENGTH = 512
+EPS = 1e-5
+ROWS = (1, 5, 8, 9, 16, 31, 32, 33, 64)
+
+
+def config(**changes: object) -> ModelConfig:
+    fields: dict[str, object] = {
+        "architecture": "Qwen3ForCausalLM",
+        "vocab_size": 999,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_layers": 3,
+        "num_heads": 16,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": EPS,
+        "rope": RopeConfig("default", 10000.0),
+        "sliding_windows": (None,) * 3,
+        "qkv_bias": False,
+        "o_bias": False,
+        "mlp_bias": False,
+        "qk_norm": True,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": LENGTH,
+        "dtype": "bfloat16",
+        "eos_token_ids": (0,),
+        "bos_token_id": None,
+    }
+    return ModelConfig(**(fields | changes))  # type: ignore[arg-type]
+
+
+CONFIGS = {
+    "qwen3-0.6b": config(),
+    "llama-8b": config(
+        hidden_size=4096, intermediate_size=14336, num_heads=32, num_layers=2, qk_norm=False
+    ),
+    "qwen2-bias-d64": config(
+        hidden_size=2048, intermediate_size=5632, num_heads=32, num_kv_heads=4, head_dim=64,
+        num_layers=1, qk_norm=False, qkv_bias=True,
+    ),
+}
+
+
+@dataclass
+class Layer:
+    input_norm: Tensor
+    qkv_proj: Tensor
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o_proj: Tensor
+    post_norm: Tensor
+    gate_up_proj: Tensor
+    down_proj: Tensor
+
+
+@dataclass
+class Case:
+    """Random weights and inputs of a model; attention is replaced by a fixed function of q."""
+
+    config: ModelConfig
+    num_rows: int
+    seed: int = 0
+    layers: list[Layer] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        c = self.config
+        generator = torch.Generator(device=CUDA).manual_seed(self.seed)
+
+        def randn(*shape: int, scale: float = 1.0) -> Tensor:
+            values = torch.randn(*shape, generator=generator, device=CUDA) * scale
+            return values.to(torch.bfloat16)
+
+        def weight(features: int, depth: int) -> Tensor:
+            return randn(features, depth, scale=depth**-0.5)
+
+        e, i, d = c.hidden_size, c.intermediate_size, c.head_dim
+        features = (c.num_heads + 2 * c.num_kv_heads) * d
+        for _ in range(c.num_layers):
+            self.layers.append(
+                Layer(
+                    input_norm=1 + randn(e, scale=0.1),
+                    qkv_proj=weight(features, e),
+                    qkv_bias=randn(features) if c.qkv_bias else None,
+                    q_norm=1 + randn(d, scale=0.1) if c.qk_norm else None,
+                    k_norm=1 + randn(d, scale=0.1) if c.qk_norm else None,
+                    o_proj=weight(e, c.num_heads * d),
+                    post_norm=1 + randn(e, scale=0.1),
+                    gate_up_proj=weight(2 * i, e),
+                    down_proj=weight(e, i),
+                )
+            )
+        self.norm = 1 + randn(e, scale=0.1)
+        self.embedding = randn(c.vocab_size, e)
+        shape = (c.num_layers, 2, NUM_BLOCKS, BLOCK_SIZE, c.num_kv_heads, d)
+        self.kv = randn(*shape)
+        host = torch.Generator().manual_seed(self.seed)
+        count = 64  # whatever num_rows is, so that a row is the same in each case
+        slots = torch.randperm(NUM_BLOCKS * BLOCK_SIZE, generator=host)[:count]
+        n = self.num_rows
+        self.slots = slots[:n].to(CUDA)
+        self.positions = torch.randint(LENGTH, (count,), generator=host)[:n].to(CUDA)
+        self.token_ids = torch.randint(c.vocab_size, (count,), generator=host)[:n].to(CUDA)
+        self.cos_sin = rope_table(c.rope, head_dim=d, num_positions=LENGTH, device=CUDA)
+
+    def chain(self) -> tuple[list[Tensor], Tensor]:
+        """Of each layer q, [N, H, D], and the last hidden states, by the chain."""
+        from graphengine.kernels.decode_chain import DecodeChain
+
+        assert DecodeChain.takes(self.config, dtype=torch.bfloat16, device=CUDA)
+        chain = DecodeChain(
+            self.config, cos_sin=self.cos_sin, block_size=BLOCK_SIZE, device=CUDA
+        )
+        return self.run(chain)
+
+    def run(self, chain: object) -> tuple[list[Tensor], Tensor]:
+        layers, kv = self.layers, self.kv
+        q = chain.begin(  # type: ignore[attr-defined]
+            self.token_ids, self.positions, self.embedding, layers[0], *kv[0], self.slots
+        )
+        qs = [q.clone()]
+        for index in range(len(layers) - 1):
+            q = chain.between(  # type: ignore[attr-defined]
+                index, attended(q), self.positions, layers[index], layers[index + 1],
+                *kv[index + 1], self.slots,
+            )
+            qs.append(q.clone())
+        return qs, chain.end(attended(q), layers[-1], self.norm)  # type: ignore[attr-defined]
+
+    def reference(self) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The same in float32 by the plain twins, and the cache."""
+        c = self.config
+        kv = self.kv.float()
+        residual = self.embedding[self.token_ids].float()
+        qs: list[Tensor] = []
+        added: Tensor | None = None
+        for index, layer in enumerate(self.layers):
+            if added is None:
+                normed = reference.rms_norm(residual, layer.input_norm.float(), EPS)
+            else:
+                normed = reference.add_rms_norm(added, residual, layer.input_norm.float(), EPS)
+            bias = None if layer.qkv_bias is None else layer.qkv_bias.float()
+            q, _, _ = reference.rope_and_cache(
+                reference.linear(normed, layer.qkv_proj.float(), bias),
+                self.positions,
+                self.cos_sin,
+                *kv[index],
+                self.slots,
+                num_heads=c.num_heads,
+                num_kv_heads=c.num_kv_heads,
+                q_weight=None if layer.q_norm is None else layer.q_norm.float(),
+                k_weight=None if layer.k_norm is None else layer.k_norm.float(),
+                eps=EPS,
+            )
+            qs.append(q.clone())
+            hidden = reference.linear(attended(q).flatten(1), layer.o_proj.float(), None)
+            normed = reference.add_rms_norm(hidden, residual, layer.post_norm.float(), EPS)
+            activated = reference.linear_silu_mul(normed, layer.gate_up_proj.float(), None)
+            added = reference.linear(activated, layer.down_proj.float(), None)
+        assert added is not None
+        return qs, reference.add_rms_norm(added, residual, self.norm.float(), EPS), kv
+
+
+def attended(q: Tensor) -> Tensor:
+    return (q.roll(1, dims=1) * 0.75).contiguous()
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    assert torch.isfinite(ours).all()
+    return float((ours.float() - exact).norm() / exact.norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", ROWS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chain_agrees_with_float32(name: str, num_rows: int) -> None:
+    case = Case(CONFIGS[name], num_rows)
+    exact_qs, exact_hidden, exact_kv = case.reference()
+    before = case.kv.clone()
+    qs, hidden = case.chain()
+    for q, exact in zip(qs, exact_qs, strict=True):
+        assert error(q, exact) < 1e-2
+    assert error(hidden, exact_hidden) < 1e-2
+    shape = (case.config.num_layers, 2, NUM_BLOCKS * BLOCK_SIZE, -1)
+    written, old = case.kv.view(shape), before.view(shape)
+    assert error(written[:, :, case.slots], exact_kv.view(shape)[:, :, case.slots]) < 1e-2
+    others = torch.ones(NUM_BLOCKS * BLOCK_SIZE, dtype=torch.bool, device=CUDA)
+    others[case.slots] = False
+    assert torch.equal(written[:, :, others], old[:, :, others])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_row_does_not_depend_on_how_many_there_are(name: str) -> None:
+    qs, hidden = Case(CONFIGS[name], 64).chain()
+    for num_rows in ROWS[:-1]:
+        fewer_qs, fewer_hidden = Case(CONFIGS[name], num_rows).chain()
+        assert torch.equal(fewer_hidden, hidden[:num_rows])
+        for fewer, q in zip(fewer_qs, qs, strict=True):
+            assert torch.equal(fewer, q[:num_rows])
+
+
+@pytest.mark.gpu
+def test_captured_chain_gives_the_same_each_time() -> None:
+    from graphengine.kernels.decode_chain import DecodeChain
+
+    case = Case(CONFIGS["qwen3-0.6b"], 33)
+    chain = DecodeChain(case.config, cos_sin=case.cos_sin, block_size=BLOCK_SIZE, device=CUDA)
+    _, first = case.run(chain)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        qs, hidden = case.run(chain)
+    for _ in range(200):
+        hidden.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(hidden, first)
