@@ -44,7 +44,7 @@ struct Params {
     TensorMap weights[NUM_PHASES];
     TensorMap attended, normed_map, activated_map;
     float* partials;
-    float* squares;  // [GRID, NR]: each block's part of the sums of squares of the residual's rows
+    float* squares;  // [NR, HIDDEN / TILE_F]: sums of squares of the residual
     u32* counters;   // zeros; [2 * NUM_PHASES, COUNTER_STRIDE]
     bf16* residual;  // [NR, HIDDEN]
     bf16* normed;    // [NR, HIDDEN]: residual times norm weight, not yet divided by its RMS
@@ -213,8 +213,7 @@ __device__ __forceinline__ void publish_to_copy_engine() {
 }
 
 __device__ __forceinline__ void grid_arrive(u32* counter) {
-    asm volatile("fence.acq_rel.gpu;\nred.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter)
-                 : "memory");
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
 __device__ __forceinline__ void grid_wait(const u32* counter) {
@@ -243,51 +242,17 @@ __device__ __forceinline__ bf16 to_bf16(float value) {
     return rounded;
 }
 
-// COUNT consecutive values, as wide as they are aligned: to COUNT * 2 bytes, 16 at most.
-template <int COUNT>
-__device__ __forceinline__ void load_values(float (&values)[COUNT], const bf16* from) {
-    if constexpr (COUNT % 8 == 0) {
-#pragma unroll
-        for (int i = 0; i < COUNT; i += 8) {
-            const uint4 words = __ldcg((const uint4*)(from + i));
-            const u32 all[4] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-            for (int j = 0; j < 8; j++) values[i + j] = to_float((bf16)(all[j / 2] >> j % 2 * 16));
-        }
-    } else if constexpr (COUNT == 4) {
-        const uint2 words = __ldcg((const uint2*)from);
-        const u32 all[2] = {words.x, words.y};
-#pragma unroll
-        for (int j = 0; j < 4; j++) values[j] = to_float((bf16)(all[j / 2] >> j % 2 * 16));
-    } else {
-#pragma unroll
-        for (int j = 0; j < COUNT; j++) values[j] = to_float(__ldcg(from + j));
-    }
+struct alignas(8) Four {
+    bf16 values[4];
+};
+__device__ __forceinline__ Four load_four(const Four* from) {
+    const uint2 words = __ldcg((const uint2*)from);
+    return *(const Four*)&words;
 }
 
-template <int COUNT>
-__device__ __forceinline__ void store_values(bf16* to, const float (&values)[COUNT]) {
-    if constexpr (COUNT % 2 == 0) {
-        u32 words[COUNT / 2];
-#pragma unroll
-        for (int j = 0; j < COUNT / 2; j++)
-            words[j] = (u32)to_bf16(values[2 * j]) | (u32)to_bf16(values[2 * j + 1]) << 16;
-        if constexpr (COUNT % 8 == 0) {
-#pragma unroll
-            for (int j = 0; j < COUNT / 2; j += 4)
-                ((uint4*)to)[j / 4] =
-                    make_uint4(words[j], words[j + 1], words[j + 2], words[j + 3]);
-        } else if constexpr (COUNT == 4) {
-            *(uint2*)to = make_uint2(words[0], words[1]);
-        } else {
-#pragma unroll
-            for (int j = 0; j < COUNT / 2; j++) ((u32*)to)[j] = words[j];
-        }
-    } else {
-#pragma unroll
-        for (int j = 0; j < COUNT; j++) to[j] = to_bf16(values[j]);
-    }
-}
+struct alignas(4) Two {
+    bf16 values[2];
+};
 
 // --- shared memory
 
@@ -304,13 +269,10 @@ struct Ring {
 struct Shared {
     u32 w, x;                          // data: 1,024-byte aligned
     u32 w_full, w_empty, x_full, x_empty;  // barriers of 8 bytes
-    float* scale;                      // [NR]: 1 / RMS of each row
-    float* scratch;                    // [CONSUMERS]
 };
 
 constexpr int BARRIERS = 2 * (W_STAGES + X_STAGES);
-constexpr int SHARED_BYTES = 1024 + W_STAGES * W_BYTES + X_STAGES * X_BYTES + BARRIERS * 8 +
-                             (NR + CONSUMERS) * 4;
+constexpr int SHARED_BYTES = 1024 + W_STAGES * W_BYTES + X_STAGES * X_BYTES + BARRIERS * 8;
 
 // --- who loads
 
@@ -397,242 +359,244 @@ __device__ __forceinline__ void multiply_units(
         }
         const int part = block - cut::owner(tile * cut::DEPTH);
         float* to = p.partials + (long long)(tile * cut::MAX_PARTS + part) * SLOT;
-        to += (group * 64 + thread % 128 / 32 * 16 + lane / 4) * NR + lane % 4 * 2;
+        to += lane % 4 * 2 * TILE_F + group * 64 + thread % 128 / 32 * 16 + lane / 4;
 #pragma unroll
         for (int j = 0; j < NR / 8; j++) {
-            *(float2*)(to + j * 8) = make_float2(sums[4 * j], sums[4 * j + 1]);
-            *(float2*)(to + 8 * NR + j * 8) = make_float2(sums[4 * j + 2], sums[4 * j + 3]);
+            to[j * 8 * TILE_F] = sums[4 * j];
+            to[(j * 8 + 1) * TILE_F] = sums[4 * j + 1];
+            to[j * 8 * TILE_F + 8] = sums[4 * j + 2];
+            to[(j * 8 + 1) * TILE_F + 8] = sums[4 * j + 3];
         }
     }
 }
 
-// sums[i] = row n of feature f + i of a tile, over all its parts in their order.
-template <int PHASE, int COUNT>
-__device__ __forceinline__ void add_parts(
-    float (&sums)[COUNT], const Params& p, int tile, int f, int n) {
-    using cut = Cut<PHASE>;
-    const int first = cut::owner(tile * cut::DEPTH);
-    const int num_parts = cut::owner(tile * cut::DEPTH + cut::DEPTH - 1) - first + 1;
-    const float* from = p.partials + (long long)tile * cut::MAX_PARTS * SLOT + f * NR + n;
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) sums[i] = 0.0f;
-    // Enough loads under way at once, and not too many registers.
-    constexpr int AT_ONCE = COUNT >= 16 ? 2 : 16 / COUNT;
-#pragma unroll AT_ONCE
-    for (int part = 0; part < num_parts; part++) {
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) sums[i] += __ldcg(from + (long long)part * SLOT + i * NR);
-    }
-}
-
-// Pieces of COUNT features by one row, a warp's pieces side by side in N; warps of one block are
-// far apart, so that few pieces are spread over all blocks.
-template <int FEATURES>
-struct Pieces {
-    static constexpr int THREADS = GRID * CONSUMERS;
-    static constexpr int COUNT = FEATURES / 4 * NR >= THREADS / 2   ? 4
-                                 : FEATURES / 2 * NR >= THREADS / 2 ? 2
-                                                                    : 1;
-    static constexpr int TOTAL = FEATURES / COUNT * NR;
-    static __device__ int first(int block, int thread) {
-        return (thread / 32 * GRID + block) * 32 + thread % 32;
-    }
+// The parts of a tile, [MAX_PARTS, NR, TILE_F], and how many there are.
+struct Parts {
+    const float* first;
+    int count;
 };
 
-// residual += the product (of phase FROM; NUM_PHASES: residual = the embeddings), and its row's sum
-// of squares; `normed` gets it times the norm's weight.
+template <int PHASE>
+__device__ __forceinline__ Parts parts_of(const Params& p, int tile) {
+    using cut = Cut<PHASE>;
+    const int first = cut::owner(tile * cut::DEPTH);
+    return {p.partials + (long long)tile * cut::MAX_PARTS * SLOT,
+            cut::owner(tile * cut::DEPTH + cut::DEPTH - 1) - first + 1};
+}
+
+__device__ __forceinline__ void add(float& to, float value) { to += value; }
+__device__ __forceinline__ void add(float2& to, float2 value) {
+    to.x += value.x;
+    to.y += value.y;
+}
+__device__ __forceinline__ void add(float4& to, float4 value) {
+    to.x += value.x;
+    to.y += value.y;
+    to.z += value.z;
+    to.w += value.w;
+}
+
+// Over all parts, in their order, of what stands at `offset`.
+template <typename Vector>
+__device__ __forceinline__ Vector add_parts(const Parts& parts, int offset) {
+    Vector sum = {};
+#pragma unroll 8
+    for (int part = 0; part < parts.count; part++)
+        add(sum, __ldcg((const Vector*)(parts.first + (long long)part * SLOT + offset)));
+    return sum;
+}
+
+// Of a value in each lane: to all lanes, and always in the same order.
+__device__ __forceinline__ float add_lanes(float value) {
+#pragma unroll
+    for (int lanes = 1; lanes < 32; lanes *= 2) value += __shfl_xor_sync(~0u, value, lanes);
+    return value;
+}
+
+// 1 / RMS of row n of the residual.
+__device__ __forceinline__ float inverse_rms(const Params& p, int n, int lane) {
+    constexpr int TILES = HIDDEN / TILE_F;
+    float square = 0.0f;
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile += 32)
+        if (tile + lane < TILES) square += __ldcg(p.squares + n * TILES + tile + lane);
+    return rsqrtf(add_lanes(square) / HIDDEN + p.eps);
+}
+
+// residual += the product (of phase FROM; NUM_PHASES: residual = the embeddings), and its sums of
+// squares; `normed` gets it times the norm's weight. A warp takes a tile of a row.
 template <int FROM>
 __device__ __forceinline__ void add_to_residual(
-    const Params& p, const Shared& s, const bf16* norm, int block, int thread) {
-    using pieces = Pieces<HIDDEN>;
-    constexpr int COUNT = pieces::COUNT;
-    float square = 0.0f;
-    for (int piece = pieces::first(block, thread); piece < pieces::TOTAL;
-         piece += pieces::THREADS) {
-        const int n = piece % NR, f = piece / NR * COUNT;
-        if (n >= p.num_rows) continue;
-        float sums[COUNT], before[COUNT], weights[COUNT], out[COUNT];
-        bf16* residual = p.residual + n * HIDDEN + f;
-        load_values(weights, norm + f);
+    const Params& p, const bf16* norm, int block, int thread) {
+    constexpr int TILES = HIDDEN / TILE_F;
+    const int lane = thread % 32;
+    for (int item = thread / 32 * GRID + block; item < TILES * p.num_rows; item += WARPS * GRID) {
+        const int n = item / TILES, tile = item % TILES, f = tile * TILE_F + lane * 4;
+        Four* residual = (Four*)(p.residual + n * HIDDEN + f);
+        const Four weights = *(const Four*)(norm + f);
+        float4 sum = {};
+        Four before;
         if constexpr (FROM == NUM_PHASES) {
-            load_values(sums, p.embedding + p.token_ids[n] * HIDDEN + f);
+            before = *(const Four*)(p.embedding + p.token_ids[n] * HIDDEN + f);
         } else {
-            load_values(before, residual);
-            add_parts<FROM>(sums, p, f / TILE_F, f % TILE_F, n);
-#pragma unroll
-            for (int i = 0; i < COUNT; i++) sums[i] += before[i];
+            before = load_four(residual);
+            sum = add_parts<float4>(parts_of<FROM>(p, tile), n * TILE_F + lane * 4);
         }
-        store_values(residual, sums);
+        const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+        Four after, normed;
+        float unscaled[4], squares[4];
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            square += sums[i] * sums[i];
-            out[i] = sums[i] * weights[i];
+        for (int i = 0; i < 4; i++) {
+            const float total = to_float(before.values[i]) + sums[i];
+            squares[i] = total * total;
+            unscaled[i] = total * to_float(weights.values[i]);
+            after.values[i] = to_bf16(total);
+            normed.values[i] = to_bf16(unscaled[i]);
         }
+        *residual = after;
         if (p.is_last && FROM == DOWN) {
-#pragma unroll
-            for (int i = 0; i < COUNT; i++) p.unscaled[n * HIDDEN + f + i] = out[i];
+            *(float4*)(p.unscaled + n * HIDDEN + f) =
+                make_float4(unscaled[0], unscaled[1], unscaled[2], unscaled[3]);
         } else {
-            store_values(p.normed + n * HIDDEN + f, out);
+            *(Four*)(p.normed + n * HIDDEN + f) = normed;
         }
-    }
-    // A thread's pieces are all of one row, that of `first`: the stride between them is a multiple
-    // of NR.
-#pragma unroll
-    for (int lanes = 16; lanes >= NR; lanes /= 2)
-        square += __shfl_xor_sync(0xFFFFFFFF, square, lanes);
-    s.scratch[thread] = square;
-    consumers_meet();
-    if (thread < NR) {
-        float total = 0.0f;
-#pragma unroll
-        for (int warp = 0; warp < WARPS; warp++)
-            if (NR <= 32 || (warp * GRID + block) % 2 == thread / 32)
-                total += s.scratch[warp * 32 + thread % 32];
-        p.squares[block * NR + thread] = total;
+        const float square = add_lanes((squares[0] + squares[1]) + (squares[2] + squares[3]));
+        if (lane == 0) p.squares[n * TILES + tile] = square;
     }
 }
 
-// s.scale = 1 / RMS of each row, once all have written their sums of squares.
-__device__ __forceinline__ void take_scales(
-    const Params& p, const Shared& s, const u32* written, int thread) {
-    constexpr int SHARES = CONSUMERS / NR;
-    constexpr int STEPS = (GRID + SHARES - 1) / SHARES;
-    if (thread == 0) grid_wait(written);
-    consumers_meet();
-    const int n = thread % NR, share = thread / NR;
-    float total = 0.0f;
-#pragma unroll
-    for (int step = 0; step < STEPS; step++) {
-        const int block = share + step * SHARES;
-        if (block < GRID) total += __ldcg(p.squares + block * NR + n);
-    }
-    s.scratch[thread] = total;
-    consumers_meet();
-    if (thread < NR) {
-        total = 0.0f;
-        for (int other = 0; other < SHARES; other++) total += s.scratch[other * NR + thread];
-        s.scale[thread] = rsqrtf(total / HIDDEN + p.eps);
-    }
-    consumers_meet();
+__device__ __forceinline__ float silu_times(float gate, float up, float scale) {
+    // Rounded as they are where they are stored between two kernels.
+    const float g = to_float(to_bf16(gate * scale)), u = to_float(to_bf16(up * scale));
+    return g / (1.0f + __expf(-g)) * u;
 }
 
-__device__ __forceinline__ void activate(
-    const Params& p, const Shared& s, int block, int thread) {
-    using pieces = Pieces<INTER>;
-    constexpr int COUNT = pieces::COUNT;
-    for (int piece = pieces::first(block, thread); piece < pieces::TOTAL;
-         piece += pieces::THREADS) {
-        const int n = piece % NR, f = piece / NR * COUNT;
-        if (n >= p.num_rows) continue;
-        float gate[COUNT], up[COUNT];
-        add_parts<GATE_UP>(gate, p, f / 64, f % 64, n);
-        add_parts<GATE_UP>(up, p, f / 64, 64 + f % 64, n);
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            // Rounded as they are where they are stored between two kernels.
-            const float g = to_float(to_bf16(gate[i] * s.scale[n]));
-            const float u = to_float(to_bf16(up[i] * s.scale[n]));
-            gate[i] = g / (1.0f + __expf(-g)) * u;
+// A warp takes 64 features of gate and up of a row.
+__device__ __forceinline__ void activate(const Params& p, int block, int thread) {
+    constexpr int TILES = INTER / 64;
+    const int lane = thread % 32;
+#pragma unroll 2
+    for (int item = thread / 32 * GRID + block; item < TILES * p.num_rows; item += WARPS * GRID) {
+        const int n = item % p.num_rows, tile = item / p.num_rows;
+        const Parts parts = parts_of<GATE_UP>(p, tile);
+        const float2 gate = add_parts<float2>(parts, n * TILE_F + lane * 2);
+        const float2 up = add_parts<float2>(parts, n * TILE_F + 64 + lane * 2);
+        const float scale = inverse_rms(p, n, lane);
+        *(Two*)(p.activated + n * INTER + tile * 64 + lane * 2) = {
+            {to_bf16(silu_times(gate.x, up.x, scale)), to_bf16(silu_times(gate.y, up.y, scale))}};
+    }
+}
+
+// q/k norm, RoPE, q out, k and v into the cache. A warp takes a head of a row, a lane PAIRS pairs
+// of dimensions that turn together.
+__device__ __forceinline__ void rotate_and_cache(const Params& p, int block, int thread) {
+    constexpr int PAIRS = HEAD_DIM / 64, HALF = HEAD_DIM / 2;
+    const int lane = thread % 32, d = lane * PAIRS, num_items = (HEADS + 2 * KV_HEADS) * p.num_rows;
+    for (int item = thread / 32 * GRID + block; item < num_items; item += WARPS * GRID) {
+        const int n = item % p.num_rows, head = item / p.num_rows, f = head * HEAD_DIM;
+        const Parts parts = parts_of<QKV>(p, f / TILE_F);
+        const int offset = n * TILE_F + f % TILE_F + d;
+        float first[2], second[2];
+        if constexpr (PAIRS == 2) {
+            const float2 a = add_parts<float2>(parts, offset);
+            const float2 b = add_parts<float2>(parts, offset + HALF);
+            first[0] = a.x, first[1] = a.y, second[0] = b.x, second[1] = b.y;
+        } else {
+            first[0] = add_parts<float>(parts, offset);
+            second[0] = add_parts<float>(parts, offset + HALF);
         }
-        store_values(p.activated + n * INTER + f, gate);
-    }
-}
-
-// q/k norm, RoPE, q out, k and v into the cache. A warp takes a head of 8 rows, four lanes a row.
-__device__ __forceinline__ void rotate_and_cache(
-    const Params& p, const Shared& s, int block, int thread) {
-    constexpr int QUARTER = HEAD_DIM / 8;  // of each half
-    constexpr int ITEMS = (HEADS + 2 * KV_HEADS) * (NR / 8);
-    const int lane = thread % 32, from = lane / 8 * QUARTER;
-    for (int item = thread / 32 * GRID + block; item < ITEMS; item += WARPS * GRID) {
-        const int head = item / (NR / 8), n = item % (NR / 8) * 8 + lane % 8;
-        float first[QUARTER], second[QUARTER];
-        const int f = head * HEAD_DIM;
-        add_parts<QKV>(first, p, f / TILE_F, f % TILE_F + from, n);
-        add_parts<QKV>(second, p, f / TILE_F, f % TILE_F + from + HEAD_DIM / 2, n);
+        const long long slot = p.slots[n];
+        const float* cos = p.cos_sin + p.positions[n] * HEAD_DIM + d;
+        const float scale = inverse_rms(p, n, lane);
         float square = 0.0f;
 #pragma unroll
-        for (int i = 0; i < QUARTER; i++) {
-            first[i] *= s.scale[n];
-            second[i] *= s.scale[n];
+        for (int i = 0; i < PAIRS; i++) {
+            first[i] *= scale;
+            second[i] *= scale;
             if (p.qkv_bias) {
-                first[i] += to_float(p.qkv_bias[f + from + i]);
-                second[i] += to_float(p.qkv_bias[f + from + HEAD_DIM / 2 + i]);
+                first[i] += to_float(p.qkv_bias[f + d + i]);
+                second[i] += to_float(p.qkv_bias[f + d + HALF + i]);
             }
             square += first[i] * first[i] + second[i] * second[i];
         }
-        // All lanes take part: rows past the end are computed too, and only not stored.
-        square += __shfl_xor_sync(0xFFFFFFFF, square, 8);
-        square += __shfl_xor_sync(0xFFFFFFFF, square, 16);
-        if (n >= p.num_rows) continue;
-        const long long slot = p.slots[n];
-        const long long at = slot / p.block_size, offset = slot % p.block_size;
+        const long long at = slot / p.block_size, offset_in_block = slot % p.block_size;
         bf16* to;
         if (head >= HEADS + KV_HEADS) {
-            to = p.v_cache + at * p.v_block_stride + offset * p.v_slot_stride +
+            to = p.v_cache + at * p.v_block_stride + offset_in_block * p.v_slot_stride +
                  (head - HEADS - KV_HEADS) * HEAD_DIM;
         } else {
             const bf16* weight = head < HEADS ? p.q_norm : p.k_norm;
             if (weight) {
-                const float scale = rsqrtf(square / HEAD_DIM + p.eps);
+                const float head_scale = rsqrtf(add_lanes(square) / HEAD_DIM + p.eps);
 #pragma unroll
-                for (int i = 0; i < QUARTER; i++) {
-                    first[i] *= scale * to_float(weight[from + i]);
-                    second[i] *= scale * to_float(weight[from + HEAD_DIM / 2 + i]);
+                for (int i = 0; i < PAIRS; i++) {
+                    first[i] *= head_scale * to_float(weight[d + i]);
+                    second[i] *= head_scale * to_float(weight[d + HALF + i]);
                 }
             }
-            const float* cos = p.cos_sin + p.positions[n] * HEAD_DIM + from;
 #pragma unroll
-            for (int i = 0; i < QUARTER; i++) {
-                const float c = cos[i], sn = cos[HEAD_DIM / 2 + i], x = first[i], y = second[i];
-                first[i] = x * c - y * sn;
-                second[i] = y * c + x * sn;
+            for (int i = 0; i < PAIRS; i++) {
+                const float c = cos[i], sine = cos[HALF + i], x = first[i], y = second[i];
+                first[i] = x * c - y * sine;
+                second[i] = y * c + x * sine;
             }
             to = head < HEADS ? p.q + (long long)(n * HEADS + head) * HEAD_DIM
-                              : p.k_cache + at * p.k_block_stride + offset * p.k_slot_stride +
-                                    (head - HEADS) * HEAD_DIM;
+                              : p.k_cache + at * p.k_block_stride +
+                                    offset_in_block * p.k_slot_stride + (head - HEADS) * HEAD_DIM;
         }
-        store_values(to + from, first);
-        store_values(to + from + HEAD_DIM / 2, second);
+        if constexpr (PAIRS == 2) {
+            *(Two*)(to + d) = {{to_bf16(first[0]), to_bf16(first[1])}};
+            *(Two*)(to + d + HALF) = {{to_bf16(second[0]), to_bf16(second[1])}};
+        } else {
+            to[d] = to_bf16(first[0]);
+            to[d + HALF] = to_bf16(second[0]);
+        }
     }
+}
+
+// What this block has written of the input of PHASE is there for all.
+template <int PHASE>
+__device__ __forceinline__ void give_input(const Params& p, int thread) {
+    publish_to_copy_engine();
+    consumers_meet();
+    if (thread == 0) grid_arrive(input_written(p, PHASE));
 }
 
 template <int PHASE>
 __device__ __forceinline__ void consume(
     const Params& p, const Shared& s, Ring& w_ring, Ring& x_ring, int block, int thread) {
-    if (PHASE == GATE_UP || PHASE == QKV) take_scales(p, s, input_written(p, PHASE), thread);
     multiply_units<PHASE>(p, s, w_ring, x_ring, block, thread);
     consumers_meet();
     if (thread == 0) {
         grid_arrive(parts_written(p, PHASE));
         grid_wait(parts_written(p, PHASE));
+        // The rows' sums of squares, long written: seen by this block's threads from here on.
+        if (PHASE == GATE_UP || PHASE == QKV) grid_wait(input_written(p, PHASE));
     }
     consumers_meet();
-    if constexpr (PHASE == O_PROJ) add_to_residual<O_PROJ>(p, s, p.post_norm, block, thread);
-    if constexpr (PHASE == GATE_UP) activate(p, s, block, thread);
-    if constexpr (PHASE == DOWN) add_to_residual<DOWN>(p, s, p.next_norm, block, thread);
+    if constexpr (PHASE == O_PROJ) add_to_residual<O_PROJ>(p, p.post_norm, block, thread);
+    if constexpr (PHASE == GATE_UP) activate(p, block, thread);
+    if constexpr (PHASE == DOWN) add_to_residual<DOWN>(p, p.next_norm, block, thread);
     if constexpr (PHASE == QKV) {
-        rotate_and_cache(p, s, block, thread);
+        rotate_and_cache(p, block, thread);
     } else {
-        publish_to_copy_engine();
-        consumers_meet();
-        if (thread == 0) grid_arrive(input_written(p, PHASE + 1));
+        give_input<PHASE + 1>(p, thread);
     }
 }
 
 // The last norm's division, for the head. Each thread reads what it wrote itself.
-__device__ __forceinline__ void finish(const Params& p, const Shared& s, int block, int thread) {
-    using pieces = Pieces<HIDDEN>;
-    constexpr int COUNT = pieces::COUNT;
-    take_scales(p, s, input_written(p, QKV), thread);
-    for (int piece = pieces::first(block, thread); piece < pieces::TOTAL;
-         piece += pieces::THREADS) {
-        const int n = piece % NR, f = piece / NR * COUNT;
-        if (n >= p.num_rows) continue;
-        float out[COUNT];
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) out[i] = p.unscaled[n * HIDDEN + f + i] * s.scale[n];
-        store_values(p.hidden + n * HIDDEN + f, out);
+__device__ __forceinline__ void finish(const Params& p, int block, int thread) {
+    constexpr int TILES = HIDDEN / TILE_F;
+    const int lane = thread % 32;
+    if (thread == 0) grid_wait(input_written(p, QKV));
+    consumers_meet();
+    for (int item = thread / 32 * GRID + block; item < TILES * p.num_rows; item += WARPS * GRID) {
+        const int n = item / TILES, f = item % TILES * TILE_F + lane * 4;
+        const float scale = inverse_rms(p, n, lane);
+        const float4 unscaled = *(const float4*)(p.unscaled + n * HIDDEN + f);
+        *(Four*)(p.hidden + n * HIDDEN + f) = {
+            {to_bf16(unscaled.x * scale), to_bf16(unscaled.y * scale),
+             to_bf16(unscaled.z * scale), to_bf16(unscaled.w * scale)}};
     }
 }
 
@@ -649,8 +613,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1)
     s.w_empty = s.w_full + W_STAGES * 8;
     s.x_full = s.w_empty + W_STAGES * 8;
     s.x_empty = s.x_full + X_STAGES * 8;
-    s.scale = (float*)(dynamic + (s.x_empty + X_STAGES * 8 - shared_address(dynamic)));
-    s.scratch = s.scale + NR;
     if (thread == 0) {
         for (int i = 0; i < W_STAGES; i++) {
             barrier_init(s.w_full + i * 8, 1);
@@ -691,10 +653,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1)
 
     Ring w_ring, x_ring;
     if (p.is_first) {
-        add_to_residual<NUM_PHASES>(p, s, p.next_norm, block, thread);
-        publish_to_copy_engine();
-        consumers_meet();
-        if (thread == 0) grid_arrive(input_written(p, QKV));
+        add_to_residual<NUM_PHASES>(p, p.next_norm, block, thread);
+        give_input<QKV>(p, thread);
     }
     if (p.first_phase <= O_PROJ) {
         consume<O_PROJ>(p, s, w_ring, x_ring, block, thread);
@@ -703,5 +663,5 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1)
     }
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     if (p.last_phase >= QKV) consume<QKV>(p, s, w_ring, x_ring, block, thread);
-    if (p.is_last) finish(p, s, block, thread);
+    if (p.is_last) finish(p, block, thread);
 }

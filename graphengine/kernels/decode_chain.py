@@ -107,7 +107,7 @@ class DecodeChain:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self._partials = buffer(self._num_partials(), dtype=torch.float32)
-        self._squares = buffer(self._num_blocks, MAX_ROWS, dtype=torch.float32)
+        self._squares = buffer(MAX_ROWS, e // _TILE_F, dtype=torch.float32)
         self._counters = buffer(config.num_layers + 1, _COUNTERS, dtype=torch.int32)
         self._residual = buffer(MAX_ROWS, e)
         self._normed = buffer(MAX_ROWS, e)
