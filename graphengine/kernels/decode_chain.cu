@@ -79,13 +79,25 @@ struct Cut {
     static constexpr int C = PHASE == O_PROJ ? HEADS * HEAD_DIM : PHASE == DOWN ? INTER : HIDDEN;
     static constexpr int DEPTH = C / UNIT_C;  // units of a tile
     static constexpr int UNITS = F / TILE_F * DEPTH;
-    static constexpr int MAX_PARTS = (DEPTH - 1) / (UNITS / GRID) + 2;  // of a tile
     static_assert(F % TILE_F == 0 && C % UNIT_C == 0 && UNITS >= GRID, "see decode_chain.py");
 
-    static __device__ int begin(int block) { return (int)((long long)block * UNITS / GRID); }
-    static __device__ int owner(int unit) {
+    static constexpr int TILES = F / TILE_F;
+    static constexpr int MOST_UNITS = (UNITS + GRID - 1) / GRID;  // of a block
+
+    static constexpr __device__ int begin(int block) { return (int)((long long)block * UNITS / GRID); }
+    // The block that has a unit.
+    static constexpr __device__ int owner(int unit) {
         return (int)(((long long)(unit + 1) * GRID - 1) / UNITS);
     }
+    static constexpr __device__ int parts(int tile) {
+        return owner((tile + 1) * DEPTH - 1) - owner(tile * DEPTH) + 1;
+    }
+    static constexpr __device__ int max_parts() {
+        int most = 0;
+        for (int tile = 0; tile < TILES; tile++) most = parts(tile) > most ? parts(tile) : most;
+        return most;
+    }
+    static constexpr int MAX_PARTS = max_parts();
 };
 
 // --- instructions
@@ -268,11 +280,13 @@ struct Ring {
 
 struct Shared {
     u32 w, x;                          // data: 1,024-byte aligned
-    u32 w_full, w_empty, x_full, x_empty;  // barriers of 8 bytes
+    u32 w_full, w_empty, x_full, x_empty, begun;  // barriers of 8 bytes
+    float* scale;                                 // [NR]: 1 / RMS of each row
 };
 
-constexpr int BARRIERS = 2 * (W_STAGES + X_STAGES);
-constexpr int SHARED_BYTES = 1024 + W_STAGES * W_BYTES + X_STAGES * X_BYTES + BARRIERS * 8;
+constexpr int BARRIERS = 2 * (W_STAGES + X_STAGES) + 1;
+constexpr int SHARED_BYTES =
+    1024 + W_STAGES * W_BYTES + X_STAGES * X_BYTES + BARRIERS * 8 + NR * 4;
 
 // --- who loads
 
@@ -370,20 +384,6 @@ __device__ __forceinline__ void multiply_units(
     }
 }
 
-// The parts of a tile, [MAX_PARTS, NR, TILE_F], and how many there are.
-struct Parts {
-    const float* first;
-    int count;
-};
-
-template <int PHASE>
-__device__ __forceinline__ Parts parts_of(const Params& p, int tile) {
-    using cut = Cut<PHASE>;
-    const int first = cut::owner(tile * cut::DEPTH);
-    return {p.partials + (long long)tile * cut::MAX_PARTS * SLOT,
-            cut::owner(tile * cut::DEPTH + cut::DEPTH - 1) - first + 1};
-}
-
 __device__ __forceinline__ void add(float& to, float value) { to += value; }
 __device__ __forceinline__ void add(float2& to, float2 value) {
     to.x += value.x;
@@ -396,14 +396,20 @@ __device__ __forceinline__ void add(float4& to, float4 value) {
     to.w += value.w;
 }
 
-// Over all parts, in their order, of what stands at `offset`.
-template <typename Vector>
-__device__ __forceinline__ Vector add_parts(const Parts& parts, int offset) {
-    Vector sum = {};
-#pragma unroll 8
-    for (int part = 0; part < parts.count; part++)
-        add(sum, __ldcg((const Vector*)(parts.first + (long long)part * SLOT + offset)));
-    return sum;
+// The sum over a tile's parts [MAX_PARTS, NR, TILE_F], in their order, of what stands at `offset`.
+// All loads are under way at once.
+template <int PHASE, typename Vector>
+__device__ __forceinline__ Vector add_parts(const Params& p, int tile, int offset) {
+    using cut = Cut<PHASE>;
+    const float* from = p.partials + (long long)tile * cut::MAX_PARTS * SLOT + offset;
+    const int count = cut::parts(tile);
+    Vector parts[cut::MAX_PARTS] = {};
+#pragma unroll
+    for (int part = 0; part < cut::MAX_PARTS; part++)
+        if (part < count) parts[part] = __ldcg((const Vector*)(from + part * SLOT));
+#pragma unroll
+    for (int part = 1; part < cut::MAX_PARTS; part++) add(parts[0], parts[part]);
+    return parts[0];
 }
 
 // Of a value in each lane: to all lanes, and always in the same order.
@@ -413,146 +419,196 @@ __device__ __forceinline__ float add_lanes(float value) {
     return value;
 }
 
-// 1 / RMS of row n of the residual.
-__device__ __forceinline__ float inverse_rms(const Params& p, int n, int lane) {
-    constexpr int TILES = HIDDEN / TILE_F;
-    float square = 0.0f;
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile += 32)
-        if (tile + lane < TILES) square += __ldcg(p.squares + n * TILES + tile + lane);
-    return rsqrtf(add_lanes(square) / HIDDEN + p.eps);
-}
-
-// residual += the product (of phase FROM; NUM_PHASES: residual = the embeddings), and its sums of
-// squares; `normed` gets it times the norm's weight. A warp takes a tile of a row.
-template <int FROM>
-__device__ __forceinline__ void add_to_residual(
-    const Params& p, const bf16* norm, int block, int thread) {
+// s.scale = 1 / RMS of each row of the residual.
+__device__ __forceinline__ void take_scales(const Params& p, const Shared& s, int thread) {
     constexpr int TILES = HIDDEN / TILE_F;
     const int lane = thread % 32;
-    for (int item = thread / 32 * GRID + block; item < TILES * p.num_rows; item += WARPS * GRID) {
-        const int n = item / TILES, tile = item % TILES, f = tile * TILE_F + lane * 4;
-        Four* residual = (Four*)(p.residual + n * HIDDEN + f);
-        const Four weights = *(const Four*)(norm + f);
-        float4 sum = {};
-        Four before;
-        if constexpr (FROM == NUM_PHASES) {
-            before = *(const Four*)(p.embedding + p.token_ids[n] * HIDDEN + f);
-        } else {
-            before = load_four(residual);
-            sum = add_parts<float4>(parts_of<FROM>(p, tile), n * TILE_F + lane * 4);
-        }
-        const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
-        Four after, normed;
-        float unscaled[4], squares[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float total = to_float(before.values[i]) + sums[i];
-            squares[i] = total * total;
-            unscaled[i] = total * to_float(weights.values[i]);
-            after.values[i] = to_bf16(total);
-            normed.values[i] = to_bf16(unscaled[i]);
-        }
-        *residual = after;
-        if (p.is_last && FROM == DOWN) {
-            *(float4*)(p.unscaled + n * HIDDEN + f) =
-                make_float4(unscaled[0], unscaled[1], unscaled[2], unscaled[3]);
-        } else {
-            *(Four*)(p.normed + n * HIDDEN + f) = normed;
-        }
-        const float square = add_lanes((squares[0] + squares[1]) + (squares[2] + squares[3]));
-        if (lane == 0) p.squares[n * TILES + tile] = square;
+    for (int n = thread / 32; n < NR; n += WARPS) {
+        if (n >= p.num_rows) break;
+        float square = 0.0f;
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile += 32)
+            if (tile + lane < TILES) square += __ldcg(p.squares + n * TILES + tile + lane);
+        const float scale = rsqrtf(add_lanes(square) / HIDDEN + p.eps);
+        if (lane == 0) s.scale[n] = scale;
     }
 }
 
-__device__ __forceinline__ float silu_times(float gate, float up, float scale) {
-    // Rounded as they are where they are stored between two kernels.
-    const float g = to_float(to_bf16(gate * scale)), u = to_float(to_bf16(up * scale));
-    return g / (1.0f + __expf(-g)) * u;
+// A warp's place in a loop over items: few items are spread over all blocks.
+__device__ __forceinline__ int first_item(int block, int thread) {
+    return thread / 32 * GRID + block;
 }
 
-// A warp takes 64 features of gate and up of a row.
-__device__ __forceinline__ void activate(const Params& p, int block, int thread) {
-    constexpr int TILES = INTER / 64;
-    const int lane = thread % 32;
-#pragma unroll 2
-    for (int item = thread / 32 * GRID + block; item < TILES * p.num_rows; item += WARPS * GRID) {
-        const int n = item % p.num_rows, tile = item / p.num_rows;
-        const Parts parts = parts_of<GATE_UP>(p, tile);
-        const float2 gate = add_parts<float2>(parts, n * TILE_F + lane * 2);
-        const float2 up = add_parts<float2>(parts, n * TILE_F + 64 + lane * 2);
-        const float scale = inverse_rms(p, n, lane);
-        *(Two*)(p.activated + n * INTER + tile * 64 + lane * 2) = {
-            {to_bf16(silu_times(gate.x, up.x, scale)), to_bf16(silu_times(gate.y, up.y, scale))}};
+// residual += the product (of phase FROM; NUM_PHASES: residual = the embeddings), and its sums of
+// squares; `normed` gets it times the norm's weight. A warp takes a tile of a row. `prepare` loads
+// what is there before the product is.
+template <int FROM>
+struct AddToResidual {
+    static constexpr int TILES = HIDDEN / TILE_F;
+    Four before, weights;
+
+    __device__ __forceinline__ void prepare(const Params& p, int item, int lane) {
+        if (item >= TILES * p.num_rows) return;
+        const int n = item / TILES, f = item % TILES * TILE_F + lane * 4;
+        const bf16* from = FROM == NUM_PHASES ? p.embedding + p.token_ids[n] * HIDDEN
+                                              : p.residual + n * HIDDEN;
+        before = load_four((const Four*)(from + f));
+        weights = load_four((const Four*)((FROM == O_PROJ ? p.post_norm : p.next_norm) + f));
+    }
+
+    __device__ __forceinline__ void run(const Params& p, int block, int thread) {
+        const int lane = thread % 32;
+        int item = first_item(block, thread);
+        while (item < TILES * p.num_rows) {
+            const int n = item / TILES, tile = item % TILES, f = tile * TILE_F + lane * 4;
+            float4 sum = {};
+            if constexpr (FROM != NUM_PHASES)
+                sum = add_parts<FROM, float4>(p, tile, n * TILE_F + lane * 4);
+            const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+            Four after, normed;
+            float unscaled[4], squares[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float total = to_float(before.values[i]) + sums[i];
+                squares[i] = total * total;
+                unscaled[i] = total * to_float(weights.values[i]);
+                after.values[i] = to_bf16(total);
+                normed.values[i] = to_bf16(unscaled[i]);
+            }
+            *(Four*)(p.residual + n * HIDDEN + f) = after;
+            if (p.is_last && FROM == DOWN) {
+                *(float4*)(p.unscaled + n * HIDDEN + f) =
+                    make_float4(unscaled[0], unscaled[1], unscaled[2], unscaled[3]);
+            } else {
+                *(Four*)(p.normed + n * HIDDEN + f) = normed;
+            }
+            const float square = add_lanes((squares[0] + squares[1]) + (squares[2] + squares[3]));
+            if (lane == 0) p.squares[n * TILES + tile] = square;
+            item += WARPS * GRID;
+            prepare(p, item, lane);
+        }
+    }
+};
+
+__device__ __forceinline__ bf16 silu_times(float gate, float up, float scale) {
+    // Rounded as they are where they are stored between two kernels.
+    const float g = to_float(to_bf16(gate * scale)), u = to_float(to_bf16(up * scale));
+    return to_bf16(g / (1.0f + __expf(-g)) * u);
+}
+
+// Half a warp takes 64 features of gate and up of each of ROWS rows.
+__device__ __forceinline__ void activate(const Params& p, const Shared& s, int block, int thread) {
+    constexpr int ROWS = NR >= 32 ? 2 : 1, GROUPS = NR / (2 * ROWS), ITEMS = INTER / 64 * GROUPS;
+    const int lane = thread % 32, half = lane / 16, f = lane % 16 * 4;
+    for (int item = first_item(block, thread); item < ITEMS; item += WARPS * GRID) {
+        const int tile = item / GROUPS, first = item % GROUPS * 2 * ROWS + half;
+        float4 gate[ROWS], up[ROWS];
+        // Rows past the end are summed too, and only not stored.
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            const int offset = (first + 2 * i) * TILE_F + f;
+            gate[i] = add_parts<GATE_UP, float4>(p, tile, offset);
+            up[i] = add_parts<GATE_UP, float4>(p, tile, offset + 64);
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            const int n = first + 2 * i;
+            if (n >= p.num_rows) continue;
+            const float scale = s.scale[n];
+            *(Four*)(p.activated + n * INTER + tile * 64 + f) = {
+                {silu_times(gate[i].x, up[i].x, scale), silu_times(gate[i].y, up[i].y, scale),
+                 silu_times(gate[i].z, up[i].z, scale), silu_times(gate[i].w, up[i].w, scale)}};
+        }
     }
 }
 
 // q/k norm, RoPE, q out, k and v into the cache. A warp takes a head of a row, a lane PAIRS pairs
-// of dimensions that turn together.
-__device__ __forceinline__ void rotate_and_cache(const Params& p, int block, int thread) {
-    constexpr int PAIRS = HEAD_DIM / 64, HALF = HEAD_DIM / 2;
-    const int lane = thread % 32, d = lane * PAIRS, num_items = (HEADS + 2 * KV_HEADS) * p.num_rows;
-    for (int item = thread / 32 * GRID + block; item < num_items; item += WARPS * GRID) {
-        const int n = item % p.num_rows, head = item / p.num_rows, f = head * HEAD_DIM;
-        const Parts parts = parts_of<QKV>(p, f / TILE_F);
-        const int offset = n * TILE_F + f % TILE_F + d;
-        float first[2], second[2];
-        if constexpr (PAIRS == 2) {
-            const float2 a = add_parts<float2>(parts, offset);
-            const float2 b = add_parts<float2>(parts, offset + HALF);
-            first[0] = a.x, first[1] = a.y, second[0] = b.x, second[1] = b.y;
-        } else {
-            first[0] = add_parts<float>(parts, offset);
-            second[0] = add_parts<float>(parts, offset + HALF);
-        }
-        const long long slot = p.slots[n];
+// of dimensions that turn together. `prepare` loads what is there before the product is.
+struct RotateAndCache {
+    static constexpr int PAIRS = HEAD_DIM / 64, HALF = HEAD_DIM / 2;
+    bf16* to;
+    float cosines[PAIRS], sines[PAIRS], biases[2][PAIRS], weights[2][PAIRS];
+
+    __device__ __forceinline__ static int num_items(const Params& p) {
+        return (HEADS + 2 * KV_HEADS) * p.num_rows;
+    }
+
+    __device__ __forceinline__ void prepare(const Params& p, int item, int lane) {
+        if (item >= num_items(p)) return;
+        const int n = item % p.num_rows, head = item / p.num_rows, d = lane * PAIRS;
+        const u32 slot = (u32)p.slots[n];
+        const long long at = slot / p.block_size, in_block = slot % p.block_size;
         const float* cos = p.cos_sin + p.positions[n] * HEAD_DIM + d;
-        const float scale = inverse_rms(p, n, lane);
-        float square = 0.0f;
+        const bf16* weight = head < HEADS ? p.q_norm : head < HEADS + KV_HEADS ? p.k_norm : nullptr;
+        const bf16* bias = p.qkv_bias;
+        if (bias) bias += head * HEAD_DIM;
 #pragma unroll
         for (int i = 0; i < PAIRS; i++) {
-            first[i] *= scale;
-            second[i] *= scale;
-            if (p.qkv_bias) {
-                first[i] += to_float(p.qkv_bias[f + d + i]);
-                second[i] += to_float(p.qkv_bias[f + d + HALF + i]);
-            }
-            square += first[i] * first[i] + second[i] * second[i];
-        }
-        const long long at = slot / p.block_size, offset_in_block = slot % p.block_size;
-        bf16* to;
-        if (head >= HEADS + KV_HEADS) {
-            to = p.v_cache + at * p.v_block_stride + offset_in_block * p.v_slot_stride +
-                 (head - HEADS - KV_HEADS) * HEAD_DIM;
-        } else {
-            const bf16* weight = head < HEADS ? p.q_norm : p.k_norm;
-            if (weight) {
-                const float head_scale = rsqrtf(add_lanes(square) / HEAD_DIM + p.eps);
+            cosines[i] = cos[i];
+            sines[i] = cos[HALF + i];
 #pragma unroll
-                for (int i = 0; i < PAIRS; i++) {
-                    first[i] *= head_scale * to_float(weight[d + i]);
-                    second[i] *= head_scale * to_float(weight[d + HALF + i]);
-                }
+            for (int half = 0; half < 2; half++) {
+                const int dim = half * HALF + d + i;
+                weights[half][i] = weight ? to_float(weight[dim]) : 1.0f;
+                biases[half][i] = bias ? to_float(bias[dim]) : 0.0f;
             }
+        }
+        to = head < HEADS ? p.q + (long long)(n * HEADS + head) * HEAD_DIM
+             : head < HEADS + KV_HEADS
+                 ? p.k_cache + at * p.k_block_stride + in_block * p.k_slot_stride +
+                       (head - HEADS) * HEAD_DIM
+                 : p.v_cache + at * p.v_block_stride + in_block * p.v_slot_stride +
+                       (head - HEADS - KV_HEADS) * HEAD_DIM;
+    }
+
+    __device__ __forceinline__ void run(
+        const Params& p, const Shared& s, int block, int thread) {
+        const int lane = thread % 32, d = lane * PAIRS;
+        int item = first_item(block, thread);
+        while (item < num_items(p)) {
+            const int n = item % p.num_rows, head = item / p.num_rows, f = head * HEAD_DIM;
+            const int offset = n * TILE_F + f % TILE_F + d;
+            float x[PAIRS], y[PAIRS];
+            if constexpr (PAIRS == 2) {
+                const float2 a = add_parts<QKV, float2>(p, f / TILE_F, offset);
+                const float2 b = add_parts<QKV, float2>(p, f / TILE_F, offset + HALF);
+                x[0] = a.x, x[1] = a.y, y[0] = b.x, y[1] = b.y;
+            } else {
+                x[0] = add_parts<QKV, float>(p, f / TILE_F, offset);
+                y[0] = add_parts<QKV, float>(p, f / TILE_F, offset + HALF);
+            }
+            const float scale = s.scale[n];
+            float square = 0.0f;
 #pragma unroll
             for (int i = 0; i < PAIRS; i++) {
-                const float c = cos[i], sine = cos[HALF + i], x = first[i], y = second[i];
-                first[i] = x * c - y * sine;
-                second[i] = y * c + x * sine;
+                x[i] = x[i] * scale + biases[0][i];
+                y[i] = y[i] * scale + biases[1][i];
+                square += x[i] * x[i] + y[i] * y[i];
             }
-            to = head < HEADS ? p.q + (long long)(n * HEADS + head) * HEAD_DIM
-                              : p.k_cache + at * p.k_block_stride +
-                                    offset_in_block * p.k_slot_stride + (head - HEADS) * HEAD_DIM;
-        }
-        if constexpr (PAIRS == 2) {
-            *(Two*)(to + d) = {{to_bf16(first[0]), to_bf16(first[1])}};
-            *(Two*)(to + d + HALF) = {{to_bf16(second[0]), to_bf16(second[1])}};
-        } else {
-            to[d] = to_bf16(first[0]);
-            to[d + HALF] = to_bf16(second[0]);
+            if (head < HEADS + KV_HEADS) {
+                float head_scale = 1.0f;
+                if (p.q_norm) head_scale = rsqrtf(add_lanes(square) / HEAD_DIM + p.eps);
+#pragma unroll
+                for (int i = 0; i < PAIRS; i++) {
+                    const float a = x[i] * head_scale * weights[0][i];
+                    const float b = y[i] * head_scale * weights[1][i];
+                    x[i] = a * cosines[i] - b * sines[i];
+                    y[i] = b * cosines[i] + a * sines[i];
+                }
+            }
+            if constexpr (PAIRS == 2) {
+                *(Two*)(to + d) = {{to_bf16(x[0]), to_bf16(x[1])}};
+                *(Two*)(to + d + HALF) = {{to_bf16(y[0]), to_bf16(y[1])}};
+            } else {
+                to[d] = to_bf16(x[0]);
+                to[d + HALF] = to_bf16(y[0]);
+            }
+            item += WARPS * GRID;
+            prepare(p, item, lane);
         }
     }
-}
+};
 
 // What this block has written of the input of PHASE is there for all.
 template <int PHASE>
@@ -562,37 +618,57 @@ __device__ __forceinline__ void give_input(const Params& p, int thread) {
     if (thread == 0) grid_arrive(input_written(p, PHASE));
 }
 
+// All blocks have written their parts of a product.
 template <int PHASE>
-__device__ __forceinline__ void consume(
-    const Params& p, const Shared& s, Ring& w_ring, Ring& x_ring, int block, int thread) {
-    multiply_units<PHASE>(p, s, w_ring, x_ring, block, thread);
+__device__ __forceinline__ void exchange_parts(const Params& p, int thread) {
     consumers_meet();
     if (thread == 0) {
         grid_arrive(parts_written(p, PHASE));
         grid_wait(parts_written(p, PHASE));
-        // The rows' sums of squares, long written: seen by this block's threads from here on.
-        if (PHASE == GATE_UP || PHASE == QKV) grid_wait(input_written(p, PHASE));
     }
     consumers_meet();
-    if constexpr (PHASE == O_PROJ) add_to_residual<O_PROJ>(p, p.post_norm, block, thread);
-    if constexpr (PHASE == GATE_UP) activate(p, block, thread);
-    if constexpr (PHASE == DOWN) add_to_residual<DOWN>(p, p.next_norm, block, thread);
-    if constexpr (PHASE == QKV) {
-        rotate_and_cache(p, block, thread);
-    } else {
+}
+
+template <int PHASE>
+__device__ __forceinline__ void consume(
+    const Params& p, const Shared& s, Ring& w_ring, Ring& x_ring, int block, int thread) {
+    const int item = first_item(block, thread), lane = thread % 32;
+    if constexpr (PHASE == GATE_UP || PHASE == QKV) {
+        if (thread == 0) grid_wait(input_written(p, PHASE));
+        consumers_meet();
+        take_scales(p, s, thread);  // read after the next meeting
+    }
+    multiply_units<PHASE>(p, s, w_ring, x_ring, block, thread);
+    if constexpr (PHASE == O_PROJ || PHASE == DOWN) {
+        AddToResidual<PHASE> add;
+        add.prepare(p, item, lane);
+        if (PHASE == O_PROJ && thread == 0) barrier_arrive(s.begun);
+        exchange_parts<PHASE>(p, thread);
+        add.run(p, block, thread);
         give_input<PHASE + 1>(p, thread);
+    } else if constexpr (PHASE == GATE_UP) {
+        exchange_parts<PHASE>(p, thread);
+        activate(p, s, block, thread);
+        give_input<PHASE + 1>(p, thread);
+    } else {
+        RotateAndCache rotate;
+        rotate.prepare(p, item, lane);
+        exchange_parts<PHASE>(p, thread);
+        rotate.run(p, s, block, thread);
     }
 }
 
 // The last norm's division, for the head. Each thread reads what it wrote itself.
-__device__ __forceinline__ void finish(const Params& p, int block, int thread) {
+__device__ __forceinline__ void finish(const Params& p, const Shared& s, int block, int thread) {
     constexpr int TILES = HIDDEN / TILE_F;
     const int lane = thread % 32;
     if (thread == 0) grid_wait(input_written(p, QKV));
     consumers_meet();
-    for (int item = thread / 32 * GRID + block; item < TILES * p.num_rows; item += WARPS * GRID) {
+    take_scales(p, s, thread);
+    consumers_meet();
+    for (int item = first_item(block, thread); item < TILES * p.num_rows; item += WARPS * GRID) {
         const int n = item / TILES, f = item % TILES * TILE_F + lane * 4;
-        const float scale = inverse_rms(p, n, lane);
+        const float scale = s.scale[n];
         const float4 unscaled = *(const float4*)(p.unscaled + n * HIDDEN + f);
         *(Four*)(p.hidden + n * HIDDEN + f) = {
             {to_bf16(unscaled.x * scale), to_bf16(unscaled.y * scale),
@@ -613,6 +689,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1)
     s.w_empty = s.w_full + W_STAGES * 8;
     s.x_full = s.w_empty + W_STAGES * 8;
     s.x_empty = s.x_full + X_STAGES * 8;
+    s.begun = s.x_empty + X_STAGES * 8;
+    s.scale = (float*)(dynamic + (s.begun + 8 - shared_address(dynamic)));
     if (thread == 0) {
         for (int i = 0; i < W_STAGES; i++) {
             barrier_init(s.w_full + i * 8, 1);
@@ -622,6 +700,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1)
             barrier_init(s.x_full + i * 8, 1);
             barrier_init(s.x_empty + i * 8, WARPS);
         }
+        barrier_init(s.begun, 1);
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
     }
     __syncthreads();
@@ -631,6 +710,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1)
         Ring ring;
         if (p.first_phase <= O_PROJ) {
             stream_weights<O_PROJ>(p, s, ring, block, policy);
+            // Attention's output would have to queue behind weights that are not needed yet.
+            if (Cut<O_PROJ>::MOST_UNITS < W_STAGES / 2) barrier_wait(s.begun, 0);
             stream_weights<GATE_UP>(p, s, ring, block, policy);
             stream_weights<DOWN>(p, s, ring, block, policy);
         }
@@ -653,7 +734,9 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1)
 
     Ring w_ring, x_ring;
     if (p.is_first) {
-        add_to_residual<NUM_PHASES>(p, p.next_norm, block, thread);
+        AddToResidual<NUM_PHASES> add;
+        add.prepare(p, first_item(block, thread), thread % 32);
+        add.run(p, block, thread);
         give_input<QKV>(p, thread);
     }
     if (p.first_phase <= O_PROJ) {
@@ -663,5 +746,5 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1)
     }
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     if (p.last_phase >= QKV) consume<QKV>(p, s, w_ring, x_ring, block, thread);
-    if (p.is_last) finish(p, block, thread);
+    if (p.is_last) finish(p, s, block, thread);
 }

@@ -285,12 +285,17 @@ class DecodeChain:
         }
 
     def _num_partials(self) -> int:
-        """Floats of the partial sums of the product that has the most; MAX_PARTS of the kernel."""
+        """Floats of the partial sums of the product that has the most."""
         most = 0
         for features, depth in _products(self._config):
-            tiles, units_a_tile = features // _TILE_F, depth // _UNIT_C
-            max_parts = (units_a_tile - 1) // (tiles * units_a_tile // self._num_blocks) + 2
-            most = max(most, tiles * max_parts * _TILE_F * MAX_ROWS)
+            tiles, depth = features // _TILE_F, depth // _UNIT_C
+            units = tiles * depth
+
+            def owner(unit: int, units: int = units) -> int:
+                return ((unit + 1) * self._num_blocks - 1) // units
+
+            parts = max(owner((t + 1) * depth - 1) - owner(t * depth) + 1 for t in range(tiles))
+            most = max(most, tiles * parts * _TILE_F * MAX_ROWS)
         return most
 
 
