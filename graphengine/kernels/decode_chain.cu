@@ -82,7 +82,6 @@ struct Cut {
     static_assert(F % TILE_F == 0 && C % UNIT_C == 0 && UNITS >= GRID, "see decode_chain.py");
 
     static constexpr int TILES = F / TILE_F;
-    static constexpr int MOST_UNITS = (UNITS + GRID - 1) / GRID;  // of a block
 
     static constexpr __device__ int begin(int block) { return (int)((long long)block * UNITS / GRID); }
     // The block that has a unit.
@@ -268,6 +267,12 @@ struct alignas(4) Two {
 
 // --- shared memory
 
+// Loads of weights under way at once. More would not come sooner, and whatever the blocks tell each
+// other would have to queue behind them: half of the time of a small model's step.
+#ifndef W_AHEAD
+#define W_AHEAD 4
+#endif
+
 struct Ring {
     u32 stage = 0, parity = 0;
     __device__ __forceinline__ void advance(u32 num_stages) {
@@ -280,11 +285,11 @@ struct Ring {
 
 struct Shared {
     u32 w, x;                          // data: 1,024-byte aligned
-    u32 w_full, w_empty, x_full, x_empty, begun;  // barriers of 8 bytes
-    float* scale;                                 // [NR]: 1 / RMS of each row
+    u32 w_full, w_empty, x_full, x_empty;  // barriers of 8 bytes
+    float* scale;                          // [NR]: 1 / RMS of each row
 };
 
-constexpr int BARRIERS = 2 * (W_STAGES + X_STAGES) + 1;
+constexpr int BARRIERS = 2 * (W_STAGES + X_STAGES);
 constexpr int SHARED_BYTES =
     1024 + W_STAGES * W_BYTES + X_STAGES * X_BYTES + BARRIERS * 8 + NR * 4;
 
@@ -292,7 +297,7 @@ constexpr int SHARED_BYTES =
 
 template <int PHASE>
 __device__ __forceinline__ void stream_weights(
-    const Params& p, const Shared& s, Ring& ring, int block, u64 policy) {
+    const Params& p, const Shared& s, Ring& ring, Ring& landed, int block, u64 policy) {
     using cut = Cut<PHASE>;
     const TensorMap* map = &p.weights[PHASE];
     const int end = cut::begin(block + 1);
@@ -300,6 +305,10 @@ __device__ __forceinline__ void stream_weights(
         const int tile = unit / cut::DEPTH, c = unit % cut::DEPTH * UNIT_C;
         const int row = PHASE == GATE_UP ? tile * 64 : tile * TILE_F;
         const u32 full = s.w_full + ring.stage * 8, to = s.w + ring.stage * W_BYTES;
+        if ((ring.stage + W_STAGES - landed.stage) % W_STAGES == W_AHEAD) {
+            barrier_wait(s.w_full + landed.stage * 8, landed.parity);
+            landed.advance(W_STAGES);
+        }
         barrier_wait(s.w_empty + ring.stage * 8, ring.parity ^ 1);
         barrier_expect(full, W_BYTES);
         load_box(to, map, c, row, full, policy);
@@ -618,14 +627,14 @@ __device__ __forceinline__ void give_input(const Params& p, int thread) {
     if (thread == 0) grid_arrive(input_written(p, PHASE));
 }
 
-// All blocks have written their parts of a product.
+// All blocks have written their parts of a product. While they do, the rows' scales are taken.
 template <int PHASE>
-__device__ __forceinline__ void exchange_parts(const Params& p, int thread) {
+__device__ __forceinline__ void exchange_parts(const Params& p, const Shared& s, int thread) {
     consumers_meet();
-    if (thread == 0) {
-        grid_arrive(parts_written(p, PHASE));
-        grid_wait(parts_written(p, PHASE));
-    }
+    if (thread == 0) grid_arrive(parts_written(p, PHASE));
+    // The sums of squares came before the inputs that were multiplied.
+    if (PHASE == GATE_UP || PHASE == QKV) take_scales(p, s, thread);
+    if (thread == 0) grid_wait(parts_written(p, PHASE));
     consumers_meet();
 }
 
@@ -633,27 +642,23 @@ template <int PHASE>
 __device__ __forceinline__ void consume(
     const Params& p, const Shared& s, Ring& w_ring, Ring& x_ring, int block, int thread) {
     const int item = first_item(block, thread), lane = thread % 32;
-    if constexpr (PHASE == GATE_UP || PHASE == QKV) {
-        if (thread == 0) grid_wait(input_written(p, PHASE));
-        consumers_meet();
-        take_scales(p, s, thread);  // read after the next meeting
-    }
-    multiply_units<PHASE>(p, s, w_ring, x_ring, block, thread);
     if constexpr (PHASE == O_PROJ || PHASE == DOWN) {
         AddToResidual<PHASE> add;
         add.prepare(p, item, lane);
-        if (PHASE == O_PROJ && thread == 0) barrier_arrive(s.begun);
-        exchange_parts<PHASE>(p, thread);
+        multiply_units<PHASE>(p, s, w_ring, x_ring, block, thread);
+        exchange_parts<PHASE>(p, s, thread);
         add.run(p, block, thread);
         give_input<PHASE + 1>(p, thread);
     } else if constexpr (PHASE == GATE_UP) {
-        exchange_parts<PHASE>(p, thread);
+        multiply_units<PHASE>(p, s, w_ring, x_ring, block, thread);
+        exchange_parts<PHASE>(p, s, thread);
         activate(p, s, block, thread);
         give_input<PHASE + 1>(p, thread);
     } else {
         RotateAndCache rotate;
         rotate.prepare(p, item, lane);
-        exchange_parts<PHASE>(p, thread);
+        multiply_units<PHASE>(p, s, w_ring, x_ring, block, thread);
+        exchange_parts<PHASE>(p, s, thread);
         rotate.run(p, s, block, thread);
     }
 }
@@ -689,8 +694,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1)
     s.w_empty = s.w_full + W_STAGES * 8;
     s.x_full = s.w_empty + W_STAGES * 8;
     s.x_empty = s.x_full + X_STAGES * 8;
-    s.begun = s.x_empty + X_STAGES * 8;
-    s.scale = (float*)(dynamic + (s.begun + 8 - shared_address(dynamic)));
+    s.scale = (float*)(dynamic + (s.x_empty + X_STAGES * 8 - shared_address(dynamic)));
     if (thread == 0) {
         for (int i = 0; i < W_STAGES; i++) {
             barrier_init(s.w_full + i * 8, 1);
@@ -700,22 +704,19 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1)
             barrier_init(s.x_full + i * 8, 1);
             barrier_init(s.x_empty + i * 8, WARPS);
         }
-        barrier_init(s.begun, 1);
         asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
     }
     __syncthreads();
 
     if (thread == CONSUMERS) {  // weights: no kernel writes them, so no wait for the one before
         const u64 policy = policy_evict_first();
-        Ring ring;
+        Ring ring, landed;
         if (p.first_phase <= O_PROJ) {
-            stream_weights<O_PROJ>(p, s, ring, block, policy);
-            // Attention's output would have to queue behind weights that are not needed yet.
-            if (Cut<O_PROJ>::MOST_UNITS < W_STAGES / 2) barrier_wait(s.begun, 0);
-            stream_weights<GATE_UP>(p, s, ring, block, policy);
-            stream_weights<DOWN>(p, s, ring, block, policy);
+            stream_weights<O_PROJ>(p, s, ring, landed, block, policy);
+            stream_weights<GATE_UP>(p, s, ring, landed, block, policy);
+            stream_weights<DOWN>(p, s, ring, landed, block, policy);
         }
-        if (p.last_phase >= QKV) stream_weights<QKV>(p, s, ring, block, policy);
+        if (p.last_phase >= QKV) stream_weights<QKV>(p, s, ring, landed, block, policy);
         return;
     }
     if (thread > CONSUMERS && thread != CONSUMERS + 32) return;
