@@ -238,3 +238,18 @@ def test_captured_chain_gives_the_same_each_time() -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(hidden, first)
+
+
+@pytest.mark.gpu
+def test_one_chain_serves_any_numbers_of_rows_in_any_order() -> None:
+    """The places of partial sums lie elsewhere for each number of rows: none may be left over."""
+    from graphengine.kernels.decode_chain import DecodeChain
+
+    cases = {n: Case(CONFIGS["qwen3-0.6b"], n) for n in (64, 1, 33, 12, 8, 64, 5, 32, 2)}
+    case = cases[64]
+    chain = DecodeChain(case.config, cos_sin=case.cos_sin, block_size=BLOCK_SIZE, device=CUDA)
+    _, all_hidden = case.run(chain)
+    for _ in range(3):
+        for num_rows, fewer in cases.items():
+            _, hidden = fewer.run(chain)
+            assert torch.equal(hidden, all_hidden[:num_rows])

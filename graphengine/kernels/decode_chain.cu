@@ -12,8 +12,10 @@
 // summed by several blocks, each over its part of C; the parts are written out in float32 and added
 // in their order. The cut does not depend on N: neither does any bit of a row's result.
 //
-// Blocks wait for each other through counters in memory, so all must be resident: the grid is one
-// block a multiprocessor. PTX ISA 8: mbarrier, cp.async.bulk.tensor, wgmma, griddepcontrol; the
+// Who adds parts waits for each by looking at its place, which is EMPTY until the part is there and
+// again when it was read: no fence, no counter. Inputs of a product, which the copy engine reads,
+// are counted. Since blocks wait for each other all must be resident: the grid is one block a
+// multiprocessor. PTX ISA 8: mbarrier, cp.async.bulk.tensor, wgmma, griddepcontrol; the
 // layout of wgmma's accumulators and of its shared-memory descriptors is from there.
 //
 // Set when compiled: NR (rows, padded: 8, 16, 32 or 64), GRID, HIDDEN, INTER, HEADS, KV_HEADS,
@@ -43,9 +45,9 @@ struct alignas(64) TensorMap {
 struct Params {
     TensorMap weights[NUM_PHASES];
     TensorMap attended, normed_map, activated_map;
-    float* partials;
+    float* partials;  // EMPTY everywhere, before and after
     float* squares;  // [NR, HIDDEN / TILE_F]: sums of squares of the residual
-    u32* counters;   // zeros; [2 * NUM_PHASES, COUNTER_STRIDE]
+    u32* counters;   // zeros; [NUM_PHASES, COUNTER_STRIDE]: blocks that wrote a product's input
     bf16* residual;  // [NR, HIDDEN]
     bf16* normed;    // [NR, HIDDEN]: residual times norm weight, not yet divided by its RMS
     bf16* activated; // [NR, INTER]
@@ -82,6 +84,7 @@ struct Cut {
     static_assert(F % TILE_F == 0 && C % UNIT_C == 0 && UNITS >= GRID, "see decode_chain.py");
 
     static constexpr int TILES = F / TILE_F;
+    static constexpr int MOST = (UNITS + GRID - 1) / GRID;  // units of a block
 
     static constexpr __device__ int begin(int block) { return (int)((long long)block * UNITS / GRID); }
     // The block that has a unit.
@@ -209,9 +212,13 @@ __device__ __forceinline__ void multiply_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-template <int PENDING>
-__device__ __forceinline__ void multiply_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+__device__ __forceinline__ void multiply_wait_but_last() {
+    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+}
+
+// The sums are operands, so that nothing reads them earlier.
+__device__ __forceinline__ void multiply_wait(float (&sums)[NR / 2]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : OPERANDS(sums)::"memory");
 }
 
 __device__ __forceinline__ void consumers_meet() {
@@ -237,13 +244,52 @@ __device__ __forceinline__ void grid_wait(const u32* counter) {
     } while (arrived < GRID);
 }
 
-__device__ __forceinline__ u32* parts_written(const Params& p, int phase) {
-    return p.counters + 2 * phase * COUNTER_STRIDE;
+__device__ __forceinline__ u32* input_written(const Params& p, int phase) {
+    return p.counters + phase * COUNTER_STRIDE;
 }
 
-__device__ __forceinline__ u32* input_written(const Params& p, int phase) {
-    return p.counters + (2 * phase + 1) * COUNTER_STRIDE;
+// A bit pattern that no sum has: a NaN, and not the one that arithmetic makes.
+constexpr u32 EMPTY = 0xFFFFFFFF;
+
+__device__ __forceinline__ void put_part(float* to, float sum) {
+    u32 bits = __float_as_uint(sum);
+    if (bits == EMPTY) bits = 0x7FFFFFFF;
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(bits) : "memory");
 }
+
+__device__ __forceinline__ uint4 look_at(const uint4* from) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint2 look_at(const uint2* from) {
+    uint2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "l"(from)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint1 look_at(const uint1* from) {
+    uint1 v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v.x) : "l"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ bool is_there(uint4 v) {
+    return v.x != EMPTY && v.y != EMPTY && v.z != EMPTY && v.w != EMPTY;
+}
+__device__ __forceinline__ bool is_there(uint2 v) { return v.x != EMPTY && v.y != EMPTY; }
+__device__ __forceinline__ bool is_there(uint1 v) { return v.x != EMPTY; }
+
+__device__ __forceinline__ void clear(uint4* at) { *at = {EMPTY, EMPTY, EMPTY, EMPTY}; }
+__device__ __forceinline__ void clear(uint2* at) { *at = {EMPTY, EMPTY}; }
+__device__ __forceinline__ void clear(uint1* at) { *at = {EMPTY}; }
 
 __device__ __forceinline__ float to_float(bf16 value) { return __uint_as_float((u32)value << 16); }
 
@@ -270,7 +316,7 @@ struct alignas(4) Two {
 // Loads of weights under way at once. More would not come sooner, and whatever the blocks tell each
 // other would have to queue behind them: half of the time of a small model's step.
 #ifndef W_AHEAD
-#define W_AHEAD 4
+#define W_AHEAD (Cut<O_PROJ>::MOST + Cut<GATE_UP>::MOST + Cut<DOWN>::MOST < 3 * W_STAGES ? 2 : 4)
 #endif
 
 struct Ring {
@@ -364,7 +410,7 @@ __device__ __forceinline__ void multiply_units(
                 multiply(sums, w + 2 * k, x + 2 * k);  // 32 bytes further in a row
             multiply_commit();
             if (w_used != 0) {
-                multiply_wait<1>();
+                multiply_wait_but_last();
                 if (lane == 0) {
                     barrier_arrive(w_used);
                     barrier_arrive(x_used);
@@ -375,50 +421,79 @@ __device__ __forceinline__ void multiply_units(
             w_ring.advance(W_STAGES);
             x_ring.advance(X_STAGES);
         }
-        multiply_wait<0>();
+        multiply_wait(sums);
         if (lane == 0) {
             barrier_arrive(w_used);
             barrier_arrive(x_used);
         }
         const int part = block - cut::owner(tile * cut::DEPTH);
         float* to = p.partials + (long long)(tile * cut::MAX_PARTS + part) * SLOT;
-        to += lane % 4 * 2 * TILE_F + group * 64 + thread % 128 / 32 * 16 + lane / 4;
+        const int column = lane % 4 * 2;
+        to += column * TILE_F + group * 64 + thread % 128 / 32 * 16 + lane / 4;
 #pragma unroll
-        for (int j = 0; j < NR / 8; j++) {
-            to[j * 8 * TILE_F] = sums[4 * j];
-            to[(j * 8 + 1) * TILE_F] = sums[4 * j + 1];
-            to[j * 8 * TILE_F + 8] = sums[4 * j + 2];
-            to[(j * 8 + 1) * TILE_F + 8] = sums[4 * j + 3];
+        for (int j = 0; j < NR / 4; j++) {
+            const int row = j / 2 * 8 + j % 2;
+            if (row + column >= p.num_rows) continue;  // nobody would read it, and clear its place
+            put_part(to + row * TILE_F, sums[j / 2 * 4 + j % 2]);
+            put_part(to + row * TILE_F + 8, sums[j / 2 * 4 + 2 + j % 2]);
         }
     }
 }
 
-__device__ __forceinline__ void add(float& to, float value) { to += value; }
-__device__ __forceinline__ void add(float2& to, float2 value) {
-    to.x += value.x;
-    to.y += value.y;
+__device__ __forceinline__ void add(float& sum, uint1 part) { sum += __uint_as_float(part.x); }
+__device__ __forceinline__ void add(float2& sum, uint2 part) {
+    sum.x += __uint_as_float(part.x);
+    sum.y += __uint_as_float(part.y);
 }
-__device__ __forceinline__ void add(float4& to, float4 value) {
-    to.x += value.x;
-    to.y += value.y;
-    to.z += value.z;
-    to.w += value.w;
+__device__ __forceinline__ void add(float4& sum, uint4 part) {
+    sum.x += __uint_as_float(part.x);
+    sum.y += __uint_as_float(part.y);
+    sum.z += __uint_as_float(part.z);
+    sum.w += __uint_as_float(part.w);
 }
 
-// The sum over a tile's parts [MAX_PARTS, NR, TILE_F], in their order, of what stands at `offset`.
-// All loads are under way at once.
-template <int PHASE, typename Vector>
-__device__ __forceinline__ Vector add_parts(const Params& p, int tile, int offset) {
+// sums[i] = the sum over a tile's parts [MAX_PARTS, NR, TILE_F], in their order, of what stands at
+// offsets[i]. Looks for all that is missing at once, as long as something is, and clears the places.
+template <int PHASE, typename Bits, typename Sum, int COUNT>
+__device__ __forceinline__ void add_parts(
+    Sum (&sums)[COUNT], const Params& p, int tile, const int (&offsets)[COUNT]) {
     using cut = Cut<PHASE>;
-    const float* from = p.partials + (long long)tile * cut::MAX_PARTS * SLOT + offset;
-    const int count = cut::parts(tile);
-    Vector parts[cut::MAX_PARTS] = {};
+    float* from = p.partials + (long long)tile * cut::MAX_PARTS * SLOT;
+    const int num_parts = cut::parts(tile);
+    Bits parts[cut::MAX_PARTS][COUNT];
+    bool is_missing[cut::MAX_PARTS];
 #pragma unroll
-    for (int part = 0; part < cut::MAX_PARTS; part++)
-        if (part < count) parts[part] = __ldcg((const Vector*)(from + part * SLOT));
+    for (int part = 0; part < cut::MAX_PARTS; part++) is_missing[part] = part < num_parts;
+    bool is_complete;
+    do {
 #pragma unroll
-    for (int part = 1; part < cut::MAX_PARTS; part++) add(parts[0], parts[part]);
-    return parts[0];
+        for (int part = 0; part < cut::MAX_PARTS; part++)
+            if (is_missing[part])
+#pragma unroll
+                for (int i = 0; i < COUNT; i++)
+                    parts[part][i] = look_at((const Bits*)(from + part * SLOT + offsets[i]));
+        is_complete = true;
+#pragma unroll
+        for (int part = 0; part < cut::MAX_PARTS; part++) {
+            if (!is_missing[part]) continue;
+            bool is_here = true;
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) is_here &= is_there(parts[part][i]);
+            is_missing[part] = !is_here;
+            is_complete &= is_here;
+        }
+    } while (!is_complete);
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) sums[i] = {};
+#pragma unroll
+    for (int part = 0; part < cut::MAX_PARTS; part++) {
+        if (part >= num_parts) break;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            clear((Bits*)(from + part * SLOT + offsets[i]));
+            add(sums[i], parts[part][i]);
+        }
+    }
 }
 
 // Of a value in each lane: to all lanes, and always in the same order.
@@ -428,7 +503,8 @@ __device__ __forceinline__ float add_lanes(float value) {
     return value;
 }
 
-// s.scale = 1 / RMS of each row of the residual.
+// s.scale = 1 / RMS of each row of the residual, whose sums of squares are older than the inputs
+// that this block has multiplied.
 __device__ __forceinline__ void take_scales(const Params& p, const Shared& s, int thread) {
     constexpr int TILES = HIDDEN / TILE_F;
     const int lane = thread % 32;
@@ -471,10 +547,10 @@ struct AddToResidual {
         int item = first_item(block, thread);
         while (item < TILES * p.num_rows) {
             const int n = item / TILES, tile = item % TILES, f = tile * TILE_F + lane * 4;
-            float4 sum = {};
+            float4 sum[1] = {};
             if constexpr (FROM != NUM_PHASES)
-                sum = add_parts<FROM, float4>(p, tile, n * TILE_F + lane * 4);
-            const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
+                add_parts<FROM, uint4>(sum, p, tile, {n * TILE_F + lane * 4});
+            const float sums[4] = {sum[0].x, sum[0].y, sum[0].z, sum[0].w};
             Four after, normed;
             float unscaled[4], squares[4];
 #pragma unroll
@@ -508,26 +584,31 @@ __device__ __forceinline__ bf16 silu_times(float gate, float up, float scale) {
 
 // Half a warp takes 64 features of gate and up of each of ROWS rows.
 __device__ __forceinline__ void activate(const Params& p, const Shared& s, int block, int thread) {
-    constexpr int ROWS = NR >= 32 ? 2 : 1, GROUPS = NR / (2 * ROWS), ITEMS = INTER / 64 * GROUPS;
+    constexpr int ROWS = NR >= 32 && Cut<GATE_UP>::MAX_PARTS <= 3 ? 2 : 1;
+    constexpr int GROUPS = NR / (2 * ROWS), ITEMS = INTER / 64 * GROUPS;
     const int lane = thread % 32, half = lane / 16, f = lane % 16 * 4;
     for (int item = first_item(block, thread); item < ITEMS; item += WARPS * GRID) {
         const int tile = item / GROUPS, first = item % GROUPS * 2 * ROWS + half;
-        float4 gate[ROWS], up[ROWS];
-        // Rows past the end are summed too, and only not stored.
+        if (first >= p.num_rows) continue;
+        // A row past the end is never written: the first is looked at again instead.
+        float4 sums[2 * ROWS];
+        int offsets[2 * ROWS];
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
-            const int offset = (first + 2 * i) * TILE_F + f;
-            gate[i] = add_parts<GATE_UP, float4>(p, tile, offset);
-            up[i] = add_parts<GATE_UP, float4>(p, tile, offset + 64);
+            const int n = first + 2 * i < p.num_rows ? first + 2 * i : first;
+            offsets[2 * i] = n * TILE_F + f;
+            offsets[2 * i + 1] = offsets[2 * i] + 64;
         }
+        add_parts<GATE_UP, uint4>(sums, p, tile, offsets);
 #pragma unroll
         for (int i = 0; i < ROWS; i++) {
             const int n = first + 2 * i;
             if (n >= p.num_rows) continue;
+            const float4 gate = sums[2 * i], up = sums[2 * i + 1];
             const float scale = s.scale[n];
             *(Four*)(p.activated + n * INTER + tile * 64 + f) = {
-                {silu_times(gate[i].x, up[i].x, scale), silu_times(gate[i].y, up[i].y, scale),
-                 silu_times(gate[i].z, up[i].z, scale), silu_times(gate[i].w, up[i].w, scale)}};
+                {silu_times(gate.x, up.x, scale), silu_times(gate.y, up.y, scale),
+                 silu_times(gate.z, up.z, scale), silu_times(gate.w, up.w, scale)}};
         }
     }
 }
@@ -580,12 +661,13 @@ struct RotateAndCache {
             const int offset = n * TILE_F + f % TILE_F + d;
             float x[PAIRS], y[PAIRS];
             if constexpr (PAIRS == 2) {
-                const float2 a = add_parts<QKV, float2>(p, f / TILE_F, offset);
-                const float2 b = add_parts<QKV, float2>(p, f / TILE_F, offset + HALF);
-                x[0] = a.x, x[1] = a.y, y[0] = b.x, y[1] = b.y;
+                float2 sums[2];
+                add_parts<QKV, uint2>(sums, p, f / TILE_F, {offset, offset + HALF});
+                x[0] = sums[0].x, x[1] = sums[0].y, y[0] = sums[1].x, y[1] = sums[1].y;
             } else {
-                x[0] = add_parts<QKV, float>(p, f / TILE_F, offset);
-                y[0] = add_parts<QKV, float>(p, f / TILE_F, offset + HALF);
+                float sums[2];
+                add_parts<QKV, uint1>(sums, p, f / TILE_F, {offset, offset + HALF});
+                x[0] = sums[0], y[0] = sums[1];
             }
             const float scale = s.scale[n];
             float square = 0.0f;
@@ -627,17 +709,6 @@ __device__ __forceinline__ void give_input(const Params& p, int thread) {
     if (thread == 0) grid_arrive(input_written(p, PHASE));
 }
 
-// All blocks have written their parts of a product. While they do, the rows' scales are taken.
-template <int PHASE>
-__device__ __forceinline__ void exchange_parts(const Params& p, const Shared& s, int thread) {
-    consumers_meet();
-    if (thread == 0) grid_arrive(parts_written(p, PHASE));
-    // The sums of squares came before the inputs that were multiplied.
-    if (PHASE == GATE_UP || PHASE == QKV) take_scales(p, s, thread);
-    if (thread == 0) grid_wait(parts_written(p, PHASE));
-    consumers_meet();
-}
-
 template <int PHASE>
 __device__ __forceinline__ void consume(
     const Params& p, const Shared& s, Ring& w_ring, Ring& x_ring, int block, int thread) {
@@ -646,19 +717,20 @@ __device__ __forceinline__ void consume(
         AddToResidual<PHASE> add;
         add.prepare(p, item, lane);
         multiply_units<PHASE>(p, s, w_ring, x_ring, block, thread);
-        exchange_parts<PHASE>(p, s, thread);
         add.run(p, block, thread);
         give_input<PHASE + 1>(p, thread);
     } else if constexpr (PHASE == GATE_UP) {
         multiply_units<PHASE>(p, s, w_ring, x_ring, block, thread);
-        exchange_parts<PHASE>(p, s, thread);
+        take_scales(p, s, thread);
+        consumers_meet();
         activate(p, s, block, thread);
         give_input<PHASE + 1>(p, thread);
     } else {
         RotateAndCache rotate;
         rotate.prepare(p, item, lane);
         multiply_units<PHASE>(p, s, w_ring, x_ring, block, thread);
-        exchange_parts<PHASE>(p, s, thread);
+        take_scales(p, s, thread);
+        consumers_meet();
         rotate.run(p, s, block, thread);
     }
 }

@@ -32,7 +32,8 @@ _TILE_F = 128
 _UNIT_C = 64
 _NUM_PHASES = 4
 _O_PROJ, _GATE_UP, _DOWN, _QKV = range(_NUM_PHASES)
-_COUNTERS = 2 * _NUM_PHASES * 32
+_COUNTERS = _NUM_PHASES * 32
+_EMPTY = -1
 _BOX_ROWS = 64
 _HEAD_DIMS = (64, 128)
 
@@ -106,7 +107,9 @@ class DecodeChain:
         def buffer(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self._partials = buffer(self._num_partials(), dtype=torch.float32)
+        self._partials = torch.full(
+            (self._num_partials(),), _EMPTY, dtype=torch.int32, device=device
+        )
         self._squares = buffer(MAX_ROWS, e // _TILE_F, dtype=torch.float32)
         self._counters = buffer(config.num_layers + 1, _COUNTERS, dtype=torch.int32)
         self._residual = buffer(MAX_ROWS, e)
