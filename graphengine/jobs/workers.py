@@ -100,8 +100,6 @@ class Worker:
     @property
     def running_tokens(self) -> int:
         """Of rows that run still, as far as it has told."""
-        if not self.in_flight:
-            return 0
         return max(0, self.usage.output_tokens - self._process_tokens)
 
     def activity(self) -> tuple[float, float] | None:
