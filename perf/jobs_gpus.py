@@ -107,6 +107,7 @@ class Run:
         found["wall_s"] = round(time.perf_counter() - self._began_s, 2)
         found["rows"] = self._account()
         found["summary"] = json.loads(stdout.splitlines()[-1])
+        del found["summary"]["output"]  # a temporary name
         return found
 
     def token_ids(self) -> dict[int, list[int]]:
@@ -248,7 +249,7 @@ def main() -> None:
         "output_tokens": sum(full.max_tokens),
         "max_num_seqs": options.max_num_seqs,
         "gpus": gpus,
-        "wanted": _WANTED,
+        "wanted": _WANTED if len(gpus) == 2 else None,
         "figures": _compared(runs[0], runs[len(counts) - 1]),
     }
     everything = {**result, "runs": runs, "environment": environment()}
