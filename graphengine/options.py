@@ -11,6 +11,10 @@ from graphengine.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(help="A local directory, a hub id, or 'demo'.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Directory or hub id, if not the model's own.")]
+SkipTokenizerInit = Annotated[
+    bool,
+    typer.Option("--skip-tokenizer-init", help="Prompts are token ids, and texts stay empty."),
+]
 Dtype = Annotated[
     str,
     typer.Option(

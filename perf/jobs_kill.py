@@ -155,16 +155,15 @@ def _kill_one(
 def _num_orphans(workers: list[int]) -> int:
     """Workers that outlive their job by more than a moment."""
     for _ in range(100):
-        alive = [
-            pid for pid in workers if Path(f"/proc/{pid}/cmdline").exists() and _is_worker(pid)
-        ]
+        alive = [pid for pid in workers if Path(f"/proc/{pid}/cmdline").exists() and is_worker(pid)]
         if not alive:
             return 0
         time.sleep(0.05)
     return len(alive)
 
 
-def _is_worker(pid: int) -> bool:
+def is_worker(pid: int) -> bool:
+    """Whether a process is a worker of a job, by its command line."""
     try:
         return b"graphengine.jobs.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

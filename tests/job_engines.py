@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -15,13 +16,14 @@ from graphengine.request import CompletionOutput, FinishReason, Request, Request
 
 FACTORY = "job_engines:EchoLLM"
 BROKEN_FACTORY = "job_engines:BrokenLLM"
+TWICE_FACTORY = "job_engines:TwiceLLM"
 
 
 class EchoLLM:
     """Answers "<prompt>" and the request's seed. A prompt tells it what else to do:
 
-    "die" kills the process, "slow" takes 20 ms, "refuse" is an error, "once FILE" is an error
-    unless FILE exists."""
+    "die" kills the process, "fall FILE" too unless FILE exists, "slow" takes 20 ms, "refuse" is an
+    error, "once FILE" is an error unless FILE exists."""
 
     def __init__(self, model: str, **options: Any) -> None:
         self._num_tokens = 0
@@ -45,6 +47,10 @@ class EchoLLM:
         assert params is not None
         assert request.request_id is not None
         error = ""
+        if "fall" in text:
+            with contextlib.suppress(FileExistsError):
+                Path(text.split()[1]).touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
         if "die" in text:
             time.sleep(0.1)  # other rows arrive, as they do while a real engine computes
             os.kill(os.getpid(), signal.SIGKILL)
@@ -58,6 +64,18 @@ class EchoLLM:
         answer = "" if error else f"<{text}> {params.seed} {params.temperature:g}"
         completion = CompletionOutput(0, answer, token_ids, reason)
         return RequestOutput(request.request_id, index, None, [1, 2], [completion], error=error)
+
+
+class TwiceLLM(EchoLLM):
+    """Starts twice, as files in $TWICE_DIR tell, and never again."""
+
+    def __init__(self, model: str, **options: Any) -> None:
+        super().__init__(model)
+        for number in range(2):
+            with contextlib.suppress(FileExistsError):
+                Path(os.environ["TWICE_DIR"], f"start-{number}").touch(exist_ok=False)
+                return
+        raise CapacityError("the GPU is gone")
 
 
 class BrokenLLM:

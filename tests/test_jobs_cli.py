@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pty
@@ -26,7 +27,15 @@ from typer.testing import CliRunner, Result
 
 import graphengine.jobs.job
 from cli import app
-from graphengine.jobs.watch import JobStats, job_line, job_report
+from graphengine.jobs.watch import (
+    JobStats,
+    Outcome,
+    WorkerStats,
+    job_line,
+    job_report,
+    job_summary,
+)
+from graphengine.jobs.workers import ENGINE
 from graphengine.request import SamplingParams
 
 ROOT = Path(__file__).parents[1]
@@ -342,6 +351,7 @@ def stats(**changes: Any) -> JobStats:
         "num_deaths": 1,
         "startup_s": 5.0,
         "elapsed_s": 100.0,
+        "workers": (),
     }
     return JobStats(**(values | changes))
 
@@ -357,6 +367,42 @@ def test_line_tells_rows_speed_eta_errors_and_gpu() -> None:
         "1,200 rows (3 failed), 200 by earlier runs: 5,000 prompt and 31,000 output tokens in "
         "100.00 s, 310 output tok/s, GPU busy 99.4%"
     )
+
+
+def test_summary_tells_of_each_worker_and_of_the_tail() -> None:
+    worker = WorkerStats(0, "0", 1, 600, 16000, 0.99123, 0.99987, 0.0, 99.0)
+    idle = dataclasses.replace(worker, number=1, device="1", ready_s=1.5, last_result_s=96.0)
+    unused = dataclasses.replace(worker, number=2, ready_s=None, last_result_s=None)
+    both = stats(num_workers=2, workers=(worker, idle))
+    found = job_summary(Outcome(Path("out.jsonl"), both))
+    assert found["tail_share"] == 0.04
+    assert found["workers"][1] == {
+        "number": 1,
+        "device": "1",
+        "num_starts": 1,
+        "num_rows": 600,
+        "output_tokens": 16000,
+        "gpu_busy": 0.9912,
+        "fed_gpu_busy": 0.9999,
+        "ready_s": 1.5,
+        "last_result_s": 96.0,
+    }
+    assert stats(num_workers=3, workers=(worker, idle, unused)).tail_share == 1.0
+    assert stats(num_workers=1, workers=(idle,)).tail_share is None
+
+
+def test_prompts_of_token_ids_need_no_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = partial(graphengine.jobs.job.run_job, factory=ENGINE)
+    monkeypatch.setattr(graphengine.jobs.job, "run_job", real)
+    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt_token_ids": [1, 5, 14, 5, 15]}])
+    out = tmp_path / "out.jsonl"
+    result = run(source, "--output", out, "--skip-tokenizer-init", "--token-ids")
+    assert result.exit_code == 0, result.stderr
+    (row,) = read(out)
+    assert row["text"] == ""
+    assert len(row["token_ids"]) > 1
 
 
 def test_options_of_sampling_are_those_of_generate() -> None:

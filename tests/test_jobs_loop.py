@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import job_engines
 import orjson
@@ -297,6 +297,39 @@ def test_dead_worker_s_rows_go_to_others(tmp_path: Path) -> None:
     assert outcome.stats.num_deaths == 1
     assert "died (killed by SIGKILL); its" in said.text
     assert texts_of(tmp_path / "out.jsonl") == expected(texts)
+    # What the dead process had begun is counted once, where it was done again.
+    assert outcome.stats.output_tokens == 900
+    workers = outcome.stats.workers
+    assert [worker.num_starts for worker in workers] == [1, 2]
+    assert sum(worker.num_rows for worker in workers) == 300
+    assert sum(worker.output_tokens for worker in workers) == 900
+
+
+def test_job_goes_on_beside_a_worker_that_cannot_start_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TWICE_DIR", str(tmp_path))
+    texts = [f"{i} slow" for i in range(200)]
+    texts[30] = f"fall {tmp_path / 'fell'}"
+    source = prompts(tmp_path / "in.jsonl", texts)
+    said = Said()
+    outcome = run(
+        source, tmp_path / "out.jsonl", workers=2, factory=job_engines.TWICE_FACTORY, said=said
+    )
+    assert outcome.error is None
+    assert "gave up: the GPU is gone" in said.text
+    assert texts_of(tmp_path / "out.jsonl") == expected(texts)
+    alone, lost = sorted(outcome.stats.workers, key=lambda worker: worker.num_starts)
+    assert (alone.num_starts, lost.num_starts) == (1, 2)
+    assert alone.num_rows + lost.num_rows == 200
+    assert alone.num_rows > 150
+    assert lost.ready_s is None
+    # From its last result on it was idle, and the GPU is counted so: half busy, half of the time.
+    assert outcome.stats.tail_share is not None
+    assert outcome.stats.tail_share > 0.5
+    assert outcome.stats.gpu_busy is not None
+    assert 0.2 < outcome.stats.gpu_busy < 0.4
+    assert alone.gpu_busy == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -373,6 +406,87 @@ def test_suspects_run_alone_and_on_every_worker_that_has_nothing_else() -> None:
     second.in_flight.clear()
     job._hand_out()
     assert sent == [[9, 1], [0, 2]]
+
+
+def hand_out_all(job: loop.JobLoop) -> list[int]:
+    """Until nothing can be handed out; how many rows each worker has."""
+    while job._hand_out():
+        pass
+    return [len(worker.in_flight) for worker in job._pool.workers]
+
+
+def test_last_rows_wait_where_any_worker_can_have_them() -> None:
+    job = job_of(pool([None, None]))
+    job._tasks = iter([Task(index, str(index), "p") for index in range(70)])
+    # While there is input the workers have rows that wait, and as many as can run are read.
+    assert hand_out_all(job) == [17, 17]
+    assert len(job._ahead) == 16
+    first, second = job._pool.workers
+    job._is_read = True
+    job._ahead.extend(job._tasks)
+    assert len(job._ahead) == 36
+    # From now on only those have more that have next to none waiting.
+    finish(first, 5)
+    assert hand_out_all(job) == [12, 17]
+    finish(first, 9)
+    assert hand_out_all(job) == [9, 17]
+    # No worker takes more than its share of what is unfinished.
+    while len(job._ahead) > 4:
+        finish(first, 1)
+        hand_out_all(job)
+    finish(first, len(first.in_flight))
+    finish(second, len(second.in_flight))
+    assert hand_out_all(job) == [2, 2]
+    assert not job._ahead
+
+
+def test_first_worker_that_is_ready_leaves_the_others_their_share_for_a_while() -> None:
+    job = job_of(pool([None, None, None]))
+    job._is_read = True
+    job._ahead.extend(Task(index, str(index), "p") for index in range(9))
+    _, second, third = job._pool.workers
+    second.is_ready = third.is_ready = False
+    second.process = third.process = cast(Any, "starting")
+    job._counts.ready_s = time.perf_counter()
+    assert hand_out_all(job) == [3, 0, 0]
+    third.is_ready = True
+    assert hand_out_all(job) == [3, 0, 3]
+    job._counts.ready_s -= loop._START_SPREAD_S
+    assert hand_out_all(job) == [5, 0, 4]
+
+
+def finish(worker: workers.Worker, count: int) -> None:
+    for index in list(worker.in_flight)[:count]:
+        worker.take_result(index, 1)
+
+
+def test_busy_share_is_of_the_time_with_rows_and_tokens_are_of_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(workers.time, "perf_counter", lambda: now_s)
+    (worker,) = pool([None]).workers
+    worker.take_ready()
+    assert worker.activity() is None
+    worker.usage = workers.Usage(output_tokens=30, gpu_busy=0.75)
+    worker.in_flight = {index: Task(index, str(index)) for index in range(3)}
+    now_s = 104.0
+    assert worker.activity() == (4.0, 3.0)
+    worker.take_result(0, 10)
+    assert worker.running_tokens == 20
+    worker.take_result(1, 10)
+    worker.take_result(2, 15)  # told later than its row came
+    now_s = 110.0
+    assert worker.activity() == (4.0, 3.0), "it idles since"
+    assert worker.running_tokens == 0
+    worker.forget_process()
+    now_s = 120.0
+    worker.take_ready()
+    worker.in_flight = {3: Task(3, "3")}
+    worker.usage = workers.Usage(output_tokens=5, gpu_busy=0.5)
+    now_s = 122.0
+    assert worker.activity() == (6.0, 4.0)
+    assert (worker.num_rows, worker.output_tokens, worker.running_tokens) == (3, 35, 5)
 
 
 def test_rows_of_two_deaths_are_suspects_and_of_one_are_not(
@@ -672,10 +786,11 @@ def test_rows_in_error_do_not_pile_up_behind_one_that_runs(tmp_path: Path) -> No
         max_num_seqs=8,
         say=lambda line: None,
     )
-    assert job._next_task() is not None
+    assert job._read_ahead(), "the row that runs"
     while not job._is_window_full():
-        assert job._next_task() is None
-    assert job._next_task() is None
+        assert len(job._ahead) == 1
+        job._read_ahead()
+    assert not job._read_ahead()
     assert job._order is not None
     assert len(job._order) == job._window
 

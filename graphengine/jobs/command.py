@@ -35,6 +35,7 @@ from graphengine.options import (
     NoOverlap,
     Seed,
     SkipSpecialTokens,
+    SkipTokenizerInit,
     Stop,
     StopTokenIds,
     Temperature,
@@ -128,6 +129,7 @@ def run(
     ignore_eos: IgnoreEos = False,
     skip_special_tokens: SkipSpecialTokens = True,
     tokenizer: Tokenizer = None,
+    skip_tokenizer_init: SkipTokenizerInit = False,
     dtype: Dtype = EngineConfig.dtype,
     device: Device = EngineConfig.device,
     attention: Attention = EngineConfig.attention,
@@ -166,6 +168,7 @@ def run(
             engine=engine_config(
                 model,
                 tokenizer=tokenizer,
+                skip_tokenizer_init=skip_tokenizer_init,
                 dtype=dtype,
                 device=device,
                 attention=attention,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 from collections import deque
@@ -27,6 +28,11 @@ from graphengine.output_file import MAX_ERRORS_SHOWN, one_line
 # four deaths, the last two of them alone, it is given up.
 _DEATHS_TO_SUSPECT = 2
 _DEATHS_TO_GIVE_UP = 4
+# Once the input is read, rows are handed out in pieces of a chunk.
+_PIECES = 4
+# Engines that start together are ready within that of each other; so long the first leaves the
+# others their share.
+_START_SPREAD_S = 5.0
 # With --order input, rows read past the oldest unfinished one, in units of what workers hold.
 _WINDOW = 8
 # Rows in error that are written before the workers are looked after again.
@@ -92,10 +98,13 @@ class JobLoop:
         self._order = RowOrder() if in_input_order else None
         self._say = say
         # Running rows, and as many that wait: an engine admits as many at once as have ended.
+        self._max_num_seqs = max_num_seqs
         self._chunk = max(1, max_num_seqs // 8)
         self._limit = 2 * max_num_seqs + self._chunk
         self._window = _WINDOW * self._limit * len(pool.workers)
         self._tasks = self._read(rows)
+        self._ahead: deque[Task] = deque()  # read and not handed out
+        self._most_ahead = max_num_seqs * len(pool.workers)
         self._returned: deque[Task] = deque()  # of workers that died
         self._suspects: deque[Task] = deque()
         self._quarantine: Worker | None = None  # the worker that suspects wait for
@@ -114,10 +123,10 @@ class JobLoop:
     def run(self) -> None:
         """Until every row is written, the input breaks, no worker is left, or `stop`. Raises
         OutputError if the output cannot be written."""
-        while not (self._returned or self._is_read or self._is_stopped):
+        while not (self._ahead or self._is_read or self._is_stopped):
             first = next(self._tasks, None)
             if first is not None:
-                self._returned.append(first)
+                self._ahead.append(first)
                 self._pool.start()
         while not self._is_stopped:
             has_more = self._hand_out()
@@ -130,7 +139,7 @@ class JobLoop:
         self._flush()
 
     def _is_over(self) -> bool:
-        waiting = self._returned or self._suspects
+        waiting = self._returned or self._ahead or self._suspects
         running = any(worker.in_flight for worker in self._pool.workers)
         return self._is_read and not waiting and not running
 
@@ -172,17 +181,30 @@ class JobLoop:
         self._is_read = True
 
     def _hand_out(self) -> bool:
-        """Fills the workers up. Whether a worker could take more at once."""
+        """Reads ahead and fills the workers up. Whether there is more of either to do at once."""
         ready = [worker for worker in self._pool.workers if worker.is_ready]
         self._choose_quarantine(ready)
-        has_more = self._is_read_on = False
+        has_more = self._read_ahead()
         for worker in sorted(ready, key=lambda worker: len(worker.in_flight)):
             tasks = self._tasks_for(worker)
             if tasks:
                 worker.in_flight |= {task.index: task for task in tasks}
                 worker.send({"rows": [[task.index, task.prompt, task.params] for task in tasks]})
-                has_more |= len(worker.in_flight) + self._chunk <= self._limit
-        return has_more or (self._is_read_on and not self._is_window_full())
+                has_more = True
+        return has_more
+
+    def _read_ahead(self) -> bool:
+        """A chunk for each worker, so that the end of the input is known before the last rows are
+        out. Whether more can be read."""
+        self._is_read_on = False
+        for _ in range(self._chunk * len(self._pool.workers)):
+            if len(self._ahead) >= self._most_ahead or self._is_read or self._is_window_full():
+                return False
+            task = next(self._tasks, None)
+            if task is None:  # the end, or rows in error one after another
+                return self._is_read_on and not self._is_window_full()
+            self._ahead.append(task)
+        return True
 
     def _is_window_full(self) -> bool:
         return self._order is not None and len(self._order) >= self._window
@@ -195,25 +217,46 @@ class JobLoop:
             self._quarantine = min(ready, key=lambda w: len(w.in_flight), default=None)
 
     def _tasks_for(self, worker: Worker) -> list[Task]:
-        if any(task.num_deaths >= _DEATHS_TO_SUSPECT for task in worker.in_flight.values()):
-            return []  # a suspect is alone with its worker
-        if worker is self._quarantine and self._suspects:
-            return [] if worker.in_flight else [self._suspects.popleft()]
-        if len(worker.in_flight) + self._chunk > self._limit:
-            return []
-        tasks: list[Task] = []
-        while len(tasks) < self._chunk and (task := self._next_task()) is not None:
-            tasks.append(task)
-        if not tasks and self._suspects and not worker.in_flight:
+        if self._is_set_apart(worker):
+            is_free = not worker.in_flight and bool(self._suspects)
+            return [self._suspects.popleft()] if is_free else []
+        waiting = self._returned or self._ahead
+        if not waiting and self._suspects and not worker.in_flight:
             return [self._suspects.popleft()]  # rather than have nothing to do
+        tasks: list[Task] = []
+        for _ in range(self._room(worker)):
+            if not waiting:
+                break
+            tasks.append(waiting.popleft())
         return tasks
 
-    def _next_task(self) -> Task | None:
-        if self._returned:
-            return self._returned.popleft()
-        if self._is_read or self._is_window_full():
-            return None
-        return next(self._tasks, None)
+    def _is_set_apart(self, worker: Worker) -> bool:
+        """Whether it runs a suspect, which is alone with its worker, or empties itself for one."""
+        if worker is self._quarantine:
+            return True
+        if len(worker.in_flight) != 1:
+            return False
+        (task,) = worker.in_flight.values()
+        return task.num_deaths >= _DEATHS_TO_SUSPECT
+
+    def _room(self, worker: Worker) -> int:
+        """Rows that it may be given now. While there is input, it holds as many that wait as it
+        runs. Then few, and no more than its share of all that is unfinished: no row waits at one
+        worker while another idles, and all end together."""
+        if not self._is_read:
+            return self._chunk if len(worker.in_flight) + self._chunk <= self._limit else 0
+        ready_s = self._counts.ready_s
+        is_start = ready_s is not None and time.perf_counter() < ready_s + _START_SPREAD_S
+        sharing = [
+            other
+            for other in self._pool.workers
+            if (other.is_ready or (is_start and other.is_alive)) and not self._is_set_apart(other)
+        ]
+        unfinished = len(self._returned) + len(self._ahead)
+        unfinished += sum(len(other.in_flight) for other in sharing)
+        share = math.ceil(unfinished / len(sharing))
+        most = min(self._max_num_seqs + self._chunk, share)
+        return max(0, min(math.ceil(self._chunk / _PIECES), most - len(worker.in_flight)))
 
     # --- in
 
@@ -234,13 +277,16 @@ class JobLoop:
             self._bury(worker)
         elif "result" in message:
             index, *fields = message["result"]
-            self._finish(worker.in_flight.pop(index), Result(*fields))
+            result = Result(*fields)
+            self._finish(worker.take_result(index, result.num_output_tokens), result)
         elif "stats" in message:
             worker.usage = Usage(*message["stats"])
+            if self._returned or self._ahead:
+                worker.fed_busy = worker.usage.gpu_busy
         elif "ready" in message:
-            worker.is_ready = True
+            worker.take_ready()
             if self._counts.ready_s is None:
-                self._counts.ready_s = time.perf_counter()
+                self._counts.ready_s = worker.ready_s
             self._pool.start()  # another may have waited for its turn on the same GPU
         else:
             worker.error = message["failed"]

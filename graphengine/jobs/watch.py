@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,30 @@ from graphengine.jobs.workers import Worker
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerStats:
+    """device: its CUDA_VISIBLE_DEVICES; None if that is the job's own, or on the CPU. num_rows:
+    that came back from it. gpu_busy: share of the time in which it had rows. fed_gpu_busy: the
+    same, when it last told while rows were left to hand out. ready_s, last_result_s: when its last
+    process was ready and when its last row came back, since the job's first engine was ready; None
+    if neither has been."""
+
+    number: int
+    device: str | None
+    num_starts: int
+    num_rows: int
+    output_tokens: int
+    gpu_busy: float | None
+    fed_gpu_busy: float | None
+    ready_s: float | None
+    last_result_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class JobStats:
     """num_finished: rows of the output. num_failed: those of them with an error. num_before: those
     finished by earlier runs. total: rows in all, estimated unless is_exact; None if unknown.
-    startup_s: until the first engine was ready. elapsed_s: since then; the speeds are of it."""
+    gpu_busy: of all workers' time, elapsed_s each. startup_s: until the first engine was ready.
+    elapsed_s: since then; the speeds are of it."""
 
     num_finished: int
     num_failed: int
@@ -31,6 +52,16 @@ class JobStats:
     num_deaths: int
     startup_s: float
     elapsed_s: float
+    workers: tuple[WorkerStats, ...]
+
+    @property
+    def tail_share(self) -> float | None:
+        """At the end: the share of elapsed_s from the moment on when a worker had no row left, for
+        good. None with one worker."""
+        if self.num_workers < 2 or self.elapsed_s <= 0.0:
+            return None
+        last_s = min(worker.last_result_s or 0.0 for worker in self.workers)
+        return (self.elapsed_s - last_s) / self.elapsed_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +93,40 @@ def job_stats(
     counts: Counts, workers: Sequence[Worker], total: int | None, *, is_exact: bool
 ) -> JobStats:
     """output_tokens are live: those of rows that run still, too."""
-    busy = [w.usage.gpu_busy for w in workers if w.is_alive and w.usage.gpu_busy is not None]
     now_s = time.perf_counter()
     ready_s = now_s if counts.ready_s is None else counts.ready_s
-    live = sum(worker.earlier_tokens + worker.usage.output_tokens for worker in workers)
+    elapsed_s = now_s - ready_s
+    busy_s = [activity[1] for worker in workers if (activity := worker.activity()) is not None]
     return JobStats(
         num_finished=counts.num_finished,
         num_failed=counts.num_failed,
         num_before=counts.num_before,
         total=None if total is None else max(total, counts.num_finished),
         is_exact=is_exact,
-        output_tokens=max(live, counts.output_tokens),
+        output_tokens=counts.output_tokens + sum(worker.running_tokens for worker in workers),
         prompt_tokens=counts.prompt_tokens,
-        gpu_busy=sum(busy) / len(busy) if busy else None,
+        gpu_busy=sum(busy_s) / (len(workers) * elapsed_s) if busy_s else None,
         num_workers=len(workers),
         num_alive=sum(worker.is_alive for worker in workers),
         num_deaths=counts.num_deaths,
         startup_s=ready_s - counts.started_s,
-        elapsed_s=now_s - ready_s,
+        elapsed_s=elapsed_s,
+        workers=tuple(_worker_stats(worker, ready_s) for worker in workers),
+    )
+
+
+def _worker_stats(worker: Worker, since_s: float) -> WorkerStats:
+    activity = worker.activity()
+    return WorkerStats(
+        number=worker.number,
+        device=worker.device,
+        num_starts=worker.num_starts,
+        num_rows=worker.num_rows,
+        output_tokens=worker.output_tokens,
+        gpu_busy=None if activity is None else activity[1] / activity[0],
+        fed_gpu_busy=worker.fed_busy,
+        ready_s=None if worker.ready_s is None else worker.ready_s - since_s,
+        last_result_s=None if worker.last_result_s is None else worker.last_result_s - since_s,
     )
 
 
@@ -117,10 +164,22 @@ def job_summary(outcome: Outcome) -> dict[str, Any]:
         "prompt_tokens": stats.prompt_tokens,
         "output_tokens": stats.output_tokens,
         "output_tokens_per_s": round(stats.output_tokens * per_s, 1),
-        "gpu_busy": stats.gpu_busy,
+        "gpu_busy": _rounded(stats.gpu_busy),
         "num_workers": stats.num_workers,
         "num_worker_deaths": stats.num_deaths,
+        "tail_share": _rounded(stats.tail_share),
+        "workers": [
+            {
+                name: _rounded(value) if isinstance(value, float) else value
+                for name, value in dataclasses.asdict(worker).items()
+            }
+            for worker in stats.workers
+        ],
     }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def job_report(stats: JobStats) -> str:

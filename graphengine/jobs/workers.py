@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -38,7 +39,8 @@ class Event:
 
 @dataclasses.dataclass(slots=True)
 class Usage:
-    """Of one process: tokens so far, and the share of its time the GPU was busy."""
+    """Of one process: tokens so far, and the share of the time from its first launch to its last
+    in which the GPU was busy; None before the first, and on the CPU."""
 
     output_tokens: int = 0
     gpu_busy: float | None = None
@@ -57,7 +59,16 @@ class Worker:
         self.is_ready = False
         self.num_starts = 0
         self.usage = Usage()
-        self.earlier_tokens = 0  # of its processes that died
+        self.fed_busy: float | None = None  # the last told while there were rows to hand out
+        self.num_rows = 0
+        self.output_tokens = 0
+        # perf_counter: when its last process was ready, and when a row last came back.
+        self.ready_s: float | None = None
+        self.last_result_s: float | None = None
+        # Of its processes that died: seconds they had rows, and the GPU's busy ones among them.
+        self._earlier_active_s = 0.0
+        self._earlier_busy_s = 0.0
+        self._process_tokens = 0
         self.error = ""
         self.process: subprocess.Popen[bytes] | None = None
         self.channel: Channel | None = None
@@ -73,6 +84,42 @@ class Worker:
     def send(self, message: Message) -> None:
         assert self.channel is not None
         self.channel.send(message)
+
+    def take_ready(self) -> None:
+        self.is_ready = True
+        self.ready_s = time.perf_counter()
+
+    def take_result(self, index: int, num_output_tokens: int) -> Task:
+        """Its task, which it no longer has."""
+        self.num_rows += 1
+        self.output_tokens += num_output_tokens
+        self._process_tokens += num_output_tokens
+        self.last_result_s = time.perf_counter()
+        return self.in_flight.pop(index)
+
+    @property
+    def running_tokens(self) -> int:
+        """Of rows that run still, as far as it has told."""
+        return max(0, self.usage.output_tokens - self._process_tokens)
+
+    def activity(self) -> tuple[float, float] | None:
+        """Seconds in which it had rows, from ready to its last result, and those of them in which
+        the GPU was busy. None while no process of it has told of a GPU."""
+        active_s, busy_s = self._earlier_active_s, self._earlier_busy_s
+        if self.usage.gpu_busy is not None and self.ready_s is not None:
+            until_s = time.perf_counter() if self.in_flight else self.last_result_s
+            since_ready_s = max(0.0, (until_s or self.ready_s) - self.ready_s)
+            active_s += since_ready_s
+            busy_s += self.usage.gpu_busy * since_ready_s
+        return (active_s, busy_s) if active_s > 0.0 else None
+
+    def forget_process(self) -> None:
+        """Its process is gone; what it had done is kept."""
+        self._earlier_active_s, self._earlier_busy_s = self.activity() or (0.0, 0.0)
+        self.process = self.channel = self.ready_s = None
+        self.is_ready = False
+        self.usage = Usage()
+        self._process_tokens = 0
 
 
 class WorkerPool:
@@ -147,10 +194,7 @@ class WorkerPool:
         assert worker.channel is not None
         status = worker.process.wait()
         worker.channel.close()
-        worker.process = worker.channel = None
-        worker.is_ready = False
-        worker.earlier_tokens += worker.usage.output_tokens
-        worker.usage = Usage()
+        worker.forget_process()
         return status
 
     def _must_wait(self, worker: Worker) -> bool:
