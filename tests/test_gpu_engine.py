@@ -301,9 +301,13 @@ def test_slots_never_written_are_never_seen(world: World) -> None:
         assert world.wrong(requests, list(llm.stream(requests))) == []
 
 
-def test_flash_sees_no_slot_never_written(flash_checkpoint: Path) -> None:
+@pytest.mark.parametrize("attention", ["flash", "flash4"])
+def test_flash_sees_no_slot_never_written(flash_checkpoint: Path, attention: str) -> None:
+    if attention == "flash4" and find_spec("tvm_ffi") is None:
+        pytest.skip("flash-attn-4 is not installed")
     requests = long_requests(50)
-    with flash_llm(flash_checkpoint, max_num_batched_tokens=300) as llm:
+    with flash_llm(flash_checkpoint, max_num_batched_tokens=300, attention=attention) as llm:
+        assert llm.attention == attention
         clean = run(llm, requests)
         poison(llm)
         assert run(llm, requests) == clean
