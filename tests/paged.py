@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -80,3 +83,13 @@ def random_queries(num_rows: int, head_dim: int = HEAD_DIM) -> Tensor:
     """Strided, as the view of a fused product is."""
     generator = torch.Generator().manual_seed(9)
     return torch.randn(num_rows, NUM_HEADS + 3, head_dim, generator=generator)[:, :NUM_HEADS]
+
+
+def skip_without_flash4() -> None:
+    """Skips a GPU test where attention "flash4" cannot be had."""
+    try:
+        version("flash-attn-4")
+    except PackageNotFoundError:
+        pytest.skip("flash-attn-4 is not installed")
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("flash-attn 4 is used on Hopper only")

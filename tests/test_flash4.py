@@ -6,14 +6,14 @@ import importlib
 import random
 import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from paged import CPU, HEAD_DIM, Cache, borders, random_queries
+from paged import CPU, HEAD_DIM, Cache, borders, random_queries, skip_without_flash4
 from torch import Tensor
 
 from graphengine.attention import PrefillMetadata, flash4, make_attention
@@ -251,12 +251,7 @@ def test_key_slots_are_where_the_block_tables_say() -> None:
 
 @pytest.fixture(scope="module")
 def attention() -> FlashAttention4:
-    try:
-        version("flash-attn-4")
-    except PackageNotFoundError:
-        pytest.skip("flash-attn-4 is not installed")
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("flash-attn 4 is used on Hopper only")
+    skip_without_flash4()
     return FlashAttention4(torch.device("cuda", 0))
 
 
