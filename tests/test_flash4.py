@@ -6,7 +6,9 @@ import importlib
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +21,14 @@ from torch import Tensor
 from graphengine.attention import PrefillMetadata, flash4, make_attention
 from graphengine.attention.flash4 import FlashAttention4
 from graphengine.attention.reference import ReferenceAttention
+from graphengine.config import EngineConfig
 from graphengine.errors import BackendError, ConfigError
+from graphengine.hub import resolve_model
+from graphengine.metrics import Laps
+from graphengine.model_config import load_model_config
+from graphengine.options import environment_defaults
+from graphengine.plan import _working_bytes
+from graphengine.resolve import resolve
 from graphengine.scheduler import PrefillBatch
 from graphengine.step_inputs import prefill_metadata
 
@@ -244,6 +253,30 @@ def test_key_slots_are_where_the_block_tables_say() -> None:
             assert metadata.key_slots.tolist() == expected
         else:
             assert metadata.key_slots is None
+
+
+@pytest.mark.usefixtures("flash_calls")
+def test_plan_counts_the_context_that_is_copied() -> None:
+    config = EngineConfig("demo", max_num_batched_tokens=16, max_num_seqs=1)
+    path = resolve_model("demo")
+    resolved = resolve(config, path, load_model_config(path), laps=Laps())
+    model = resolved.model_config
+    resolved = replace(resolved, attention=FlashAttention4(CUDA))
+    context_bytes = 2 * model.num_kv_heads * model.head_dim * resolved.dtype.itemsize
+    small = _working_bytes(replace(resolved, max_model_len=10_000))
+    assert _working_bytes(replace(resolved, max_model_len=10_100)) == small + 100 * context_bytes
+    flash = replace(resolved, attention=ReferenceAttention())
+    assert _working_bytes(flash) == _working_bytes(replace(flash, max_model_len=10_100))
+
+
+def test_compiled_kernels_are_kept_in_the_users_own_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By itself flash-attn 4 loads machine code from /tmp, where others may have put it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    told = environment_defaults()
+    assert told["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
+    assert Path(told["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"]).is_relative_to(tmp_path)
 
 
 # --- on a GPU
