@@ -46,6 +46,7 @@ from graphengine.options import (
     TopK,
     TopP,
     Trace,
+    environment_defaults,
     parse_ids,
 )
 from graphengine.output_file import (
@@ -191,11 +192,8 @@ def _generate(
     if output is not None:
         check_output_path(output, input)
 
-    # Its warnings are for callers of transformers; what matters here is an error of our own.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # torch's threads sleep while they wait: where other programs want the cores too, spinning ones
-    # made the demo 50 times slower on a CPU.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name, value in environment_defaults().items():
+        os.environ.setdefault(name, value)
     from graphengine import LLM  # imports torch, which takes seconds
 
     console = _progress_console(output)

@@ -108,6 +108,11 @@ class LLM:
         return self._resolved.block_size
 
     @property
+    def attention(self) -> str:
+        """The attention backend: "flash", "flash4" or "reference"."""
+        return self._resolved.attention.name
+
+    @property
     def dtype_bytes(self) -> int:
         """Of one weight, and of one element of the KV cache."""
         return self._resolved.dtype.itemsize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from typing import Annotated
 
 import typer
@@ -26,7 +27,10 @@ Device = Annotated[
 ]
 Attention = Annotated[
     str,
-    typer.Option(metavar="|".join(ATTENTION), help="auto: flash on CUDA, reference on the CPU."),
+    typer.Option(
+        metavar="|".join(ATTENTION),
+        help="auto: flash on CUDA, reference on the CPU. flash4: for long prompts, on Hopper.",
+    ),
 ]
 LoadFormat = Annotated[
     str,
@@ -96,3 +100,20 @@ def parse_ids(values: list[str]) -> tuple[int, ...]:
         raise ConfigError(
             f"--stop-token-ids is {','.join(values)!r}; give whole numbers, as in 2,128001"
         ) from error
+
+
+def environment_defaults() -> dict[str, str]:
+    """What libraries are told, where the user does not tell them otherwise, before torch is
+    imported."""
+    return {
+        # Its warnings are for callers of transformers; what matters here is an error of our own.
+        "TRANSFORMERS_VERBOSITY": "error",
+        # torch's threads sleep while they wait: where other programs want the cores too, spinning
+        # ones made the demo 50 times slower on a CPU.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # flash-attn 4 keeps what it compiled; by itself in /tmp, where others may write.
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": os.path.expanduser(
+            "~/.cache/graphengine/flash-attn-4"
+        ),
+    }

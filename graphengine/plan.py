@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from graphengine.attention.flash import FlashAttention
+from graphengine.attention.flash4 import FlashAttention4
 from graphengine.build import blocks_in, check_one_sequence_fits, cpu_kv_bytes
 from graphengine.config import EngineConfig
 from graphengine.errors import CapacityError
@@ -113,12 +114,17 @@ def _num_blocks(resolved: Resolved, total_bytes: int | None, taken_bytes: int) -
 
 def _working_bytes(resolved: Resolved) -> int:
     """A full prefill at its widest point, the MLP: residual, its norm, gate and up, their product;
-    or its logits."""
+    or its logits; or residual, q, k, v, attention's output and the context that it copies."""
     model, config = resolved.model_config, resolved.config
     num_tokens = config.max_num_batched_tokens
-    wide = 2 * model.hidden_size + 3 * model.intermediate_size
+    mlp = num_tokens * (2 * model.hidden_size + 3 * model.intermediate_size)
     logits = min(config.max_num_seqs, num_tokens) * model.vocab_size
-    return resolved.dtype.itemsize * max(num_tokens * wide, logits)
+    attention = 0
+    if resolved.attention.name == FlashAttention4.name:
+        kv_width = 2 * model.num_kv_heads * model.head_dim
+        attention = num_tokens * (model.hidden_size + 2 * model.num_heads * model.head_dim)
+        attention += (num_tokens + resolved.max_model_len) * kv_width
+    return resolved.dtype.itemsize * max(mlp, logits, attention)
 
 
 def _graph_bytes(resolved: Resolved) -> int:

@@ -105,7 +105,7 @@ def _dtype(
 ) -> torch.dtype:
     if name == "auto":
         name = model_config.dtype if device.type == "cuda" else "float32"
-        if name == "float32" and attention == "flash":
+        if name == "float32" and attention != "reference":
             name = "bfloat16"
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)

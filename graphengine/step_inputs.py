@@ -154,14 +154,35 @@ def prefill_metadata(
     tokens: Mapping[str, torch.Tensor],
     sequences: Mapping[str, torch.Tensor],
     batch: PrefillBatch,
+    *,
+    block_size: int,
 ) -> PrefillMetadata:
     n = len(batch.rows)
+    has_context = bool(batch.starts.any())
+    block_tables = sequences["block_tables"][:n]
+    key_slots = None
+    if has_context:
+        key_slots = _key_slots(
+            block_tables, sequences["cu_seqlens_k"], int(batch.ends.sum()), block_size=block_size
+        )
     return PrefillMetadata(
         slot_mapping=tokens["slot_mapping"],
         cu_seqlens_q=sequences["cu_seqlens_q"],
         cu_seqlens_k=sequences["cu_seqlens_k"],
-        block_tables=sequences["block_tables"][:n],
+        block_tables=block_tables,
         max_seqlen_q=int((batch.ends - batch.starts).max()),
         max_seqlen_k=int(batch.ends.max()),
-        has_context=bool(batch.starts.any()),
+        has_context=has_context,
+        key_slots=key_slots,
     )
+
+
+def _key_slots(
+    block_tables: torch.Tensor, cu_seqlens_k: torch.Tensor, num_keys: int, *, block_size: int
+) -> torch.Tensor:
+    """PrefillMetadata.key_slots, made on the device without a sync: num_keys is cu_seqlens_k's
+    last."""
+    keys = torch.arange(num_keys, dtype=torch.int32, device=cu_seqlens_k.device)
+    rows = torch.bucketize(keys, cu_seqlens_k[1:], right=True)
+    positions = keys - cu_seqlens_k[rows]
+    return block_tables[rows, positions // block_size].long() * block_size + positions % block_size

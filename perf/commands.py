@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from graphengine.config import EngineConfig
 from graphengine.errors import ConfigError
 from graphengine.exit_codes import errors_as_exit_codes, say
+from graphengine.options import Attention, environment_defaults
 from graphengine.output_file import STDOUT, check_output_path
 from perf.compare import Comparison, Key, compare, load_side
 from perf.workloads import WORKLOADS
@@ -55,6 +57,7 @@ def run_command(
             metavar="async|sync|eager", help="How the engine runs; may be repeated. Default: async."
         ),
     ] = None,
+    attention: Attention = EngineConfig.attention,
     peer: Annotated[
         list[str] | None,
         typer.Option(
@@ -87,8 +90,8 @@ def run_command(
         if trace is not None:
             check_output_path(trace, None)
         # As `generate` does, before torch is imported.
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        for name, value in environment_defaults().items():
+            os.environ.setdefault(name, value)
         from perf.run import run  # imports torch, which takes seconds
 
         result = run(
@@ -97,6 +100,7 @@ def run_command(
             scale=scale,
             repeats=repeats,
             modes=list(dict.fromkeys(mode or ["async"])),
+            attention=attention,
             say=say,
             peers=list(dict.fromkeys(peer or ())),
             save=lambda part: _write_json(part, Path(output)),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from graphengine import LLM, Request, SamplingParams
+from graphengine.config import EngineConfig
 from graphengine.errors import ConfigError, GraphEngineError
 from graphengine.hub import resolve_model
 from graphengine.model_config import load_model_config
@@ -44,12 +45,14 @@ def run(
     repeats: int,
     modes: list[str],
     say: Callable[[str], None],
+    attention: str = EngineConfig.attention,
     peers: Sequence[str] = (),
     save: Callable[[Json], None] = lambda result: None,
     trace: Path | None = None,
 ) -> Json:
     """The result file's contents: see the README of the figures' meaning.
 
+    attention: EngineConfig's, of all but "startup".
     model: a checkpoint instead of each workload's random-weight shape. Workloads of one shape and
     mode share an engine, and their repeats take turns, so that a drift of the machine falls on all
     alike. `save` is called with what there is after each of these groups, since a run of minutes
@@ -62,7 +65,13 @@ def run(
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "environment": environment(),
-        "config": {"scale": scale, "repeats": repeats, "modes": modes, "model": model},
+        "config": {
+            "scale": scale,
+            "repeats": repeats,
+            "modes": modes,
+            "model": model,
+            "attention": attention,
+        },
         "read_bandwidth_bytes_per_s": read_bandwidth(),
         "workloads": {},
     }
@@ -75,7 +84,7 @@ def run(
                 engine_group = [workload for workload in group if workload.kind != "startup"]
                 if engine_group:
                     say(f"{shape if model is None else model}, {mode}: making the engine")
-                    options: Json = dict(MODES[mode])
+                    options: Json = {**MODES[mode], "attention": attention}
                     if model is None:
                         options["load_format"] = "dummy"
                     if trace is not None:

@@ -44,6 +44,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "attention",
         "attention.base",
         "attention.flash",
+        "attention.flash4",
         "attention.reference",
         "kernels",
         "kernels.fused",
@@ -297,6 +298,7 @@ def test_environment_is_read_in_cli_only(module: str) -> None:
 # Called inside a captured step; a value read there would stop the host, or fail the capture.
 STEP_MODULES = (
     "attention.flash",
+    "attention.flash4",
     "kernels.fused",
     "kernels.fused_sampling",
     "layers",

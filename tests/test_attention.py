@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from paged import CPU, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, Cache, random_queries
 from torch import Tensor
 
-from graphengine.attention import DecodeMetadata, PrefillMetadata, make_attention
+from graphengine.attention import make_attention
 from graphengine.attention.flash import FlashAttention, decode_splits
 from graphengine.attention.reference import ReferenceAttention
 from graphengine.errors import BackendError, ConfigError
 
-CPU = torch.device("cpu")
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 6, 2, 8
 WINDOWS = [None, 1, 5, 1000]
 # float32 against float64; values have a standard deviation of 1.
 TOLERANCE = 1e-5
@@ -35,69 +34,6 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
             weights = (keys @ q[row, head].double() / HEAD_DIM**0.5).softmax(0)
             out[row, head] = weights @ values
     return out
-
-
-class Cache:
-    """Random keys and values of some sequences, scattered over blocks; the rest is NaN."""
-
-    def __init__(
-        self,
-        lengths: list[int],
-        *,
-        block_size: int = 4,
-        head_dim: int = HEAD_DIM,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device = CPU,
-        seed: int = 0,
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.width = max(-(-n // block_size) for n in lengths) + 1  # one column nobody uses
-        num_blocks = 1 + len(lengths) * self.width
-        ids = 1 + torch.randperm(num_blocks - 1, generator=generator)
-        self.tables = ids.view(len(lengths), self.width).to(torch.int32)
-        shape = (num_blocks, block_size, NUM_KV_HEADS, head_dim)
-        self.k_cache, self.v_cache = torch.full((2, *shape), float("nan"), dtype=dtype)
-        self.k, self.v = [], []
-        for table, length in zip(self.tables, lengths, strict=True):
-            k, v = torch.randn(2, length, *shape[2:], generator=generator).to(dtype)
-            for position in range(length):
-                block = table[position // block_size]
-                self.k_cache[block, position % block_size] = k[position]
-                self.v_cache[block, position % block_size] = v[position]
-            self.k.append(k)
-            self.v.append(v)
-        self.k_cache, self.v_cache = self.k_cache.to(device), self.v_cache.to(device)
-        self.tables = self.tables.to(device)
-
-    def prefill_metadata(self, q_lengths: list[int], *, has_context: bool) -> PrefillMetadata:
-        k_lengths = [len(k) for k in self.k]
-        return PrefillMetadata(
-            slot_mapping=torch.zeros(sum(q_lengths), dtype=torch.int64),  # already written
-            cu_seqlens_q=borders(q_lengths).to(self.tables.device),
-            cu_seqlens_k=borders(k_lengths).to(self.tables.device),
-            block_tables=self.tables,
-            max_seqlen_q=max(q_lengths),
-            max_seqlen_k=max(k_lengths),
-            has_context=has_context,
-        )
-
-    def decode_metadata(self) -> DecodeMetadata:
-        lengths = torch.tensor([len(k) for k in self.k], dtype=torch.int32)
-        return DecodeMetadata(
-            slot_mapping=torch.zeros(len(self.k), dtype=torch.int64),  # already written
-            block_tables=self.tables,
-            context_lens=lengths.to(self.tables.device),
-        )
-
-
-def borders(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-
-
-def random_queries(num_rows: int, head_dim: int = HEAD_DIM) -> Tensor:
-    """Strided, as the view of a fused product is."""
-    generator = torch.Generator().manual_seed(9)
-    return torch.randn(num_rows, NUM_HEADS + 3, head_dim, generator=generator)[:, :NUM_HEADS]
 
 
 @pytest.mark.parametrize("window", WINDOWS)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import hf_config, write_checkpoint
+from paged import skip_without_flash4
 from tiny import World, make_world, request
 
 import graphengine.build
@@ -301,9 +302,13 @@ def test_slots_never_written_are_never_seen(world: World) -> None:
         assert world.wrong(requests, list(llm.stream(requests))) == []
 
 
-def test_flash_sees_no_slot_never_written(flash_checkpoint: Path) -> None:
+@pytest.mark.parametrize("attention", ["flash", "flash4"])
+def test_flash_sees_no_slot_never_written(flash_checkpoint: Path, attention: str) -> None:
+    if attention == "flash4":
+        skip_without_flash4()
     requests = long_requests(50)
-    with flash_llm(flash_checkpoint, max_num_batched_tokens=300) as llm:
+    with flash_llm(flash_checkpoint, max_num_batched_tokens=300, attention=attention) as llm:
+        assert llm.attention == attention
         clean = run(llm, requests)
         poison(llm)
         assert run(llm, requests) == clean

@@ -1,7 +1,7 @@
 """What does a step tell attention, and what must an attention backend offer?
 
 Letters: N tokens, B decode rows, S sequences of a prefill, H query heads, K kv heads, D head dim,
-W blocks per sequence.
+T keys, W blocks per sequence.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class PrefillMetadata:
     cu_seqlens_k: int32 [S+1], the same with each sequence's earlier chunks included.
     block_tables: int32 [S, W]. max_seqlen_q, max_seqlen_k: the longest of each.
     has_context: some sequence has keys in the cache from an earlier chunk.
+    key_slots: with context int64 [T], the slot of each sequence's every key, as cu_seqlens_k says.
     """
 
     slot_mapping: Tensor
@@ -44,6 +45,7 @@ class PrefillMetadata:
     max_seqlen_q: int
     max_seqlen_k: int
     has_context: bool
+    key_slots: Tensor | None = None
 
 
 class AttentionBackend(Protocol):

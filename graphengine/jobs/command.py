@@ -43,6 +43,7 @@ from graphengine.options import (
     TopK,
     TopP,
     Trace,
+    environment_defaults,
     parse_ids,
 )
 from graphengine.output_file import check_output_path, one_line, write_errors
@@ -217,11 +218,7 @@ def run(
                 check_output_path(path, input)
                 place.check_beside(option, path)
         # For the worker processes, as `generate` sets them for its own.
-        environment = {
-            "TRANSFORMERS_VERBOSITY": "error",
-            "OMP_WAIT_POLICY": "PASSIVE",
-            **os.environ,
-        }
+        environment = {**environment_defaults(), **os.environ}
         outcome = run_job(config, environment=environment, console=_console(), say=say)
         signum = None if outcome.signum is None else signal.Signals(outcome.signum)
         counts = job_summary(outcome)

@@ -170,9 +170,9 @@ def _rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < size
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     enter_early(EARLY)
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     normed = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + eps) * weight
     tl.store(out_ptr + row * size + columns, normed, mask=inside)
 
@@ -196,11 +196,11 @@ def _add_rms_norm_kernel(
     columns = tl.arange(0, BLOCK)
     inside = columns < size
     residual_ptrs = residual_ptr + row * residual_stride + columns
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     enter_early(EARLY)
     x = _load_sum(x_ptr + row * x_stride + columns, inside, split_stride, SPLITS)
     total = x + tl.load(residual_ptrs, mask=inside, other=0.0).to(tl.float32)
     tl.store(residual_ptrs, total, mask=inside)
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     normed = total * tl.rsqrt(tl.sum(total * total, axis=0) / size + eps) * weight
     tl.store(out_ptr + row * size + columns, normed, mask=inside)
 
@@ -243,11 +243,15 @@ def _rope_and_cache_kernel(
 
     qkv_ptrs = qkv_ptr + token * qkv_stride + heads * (2 * HALF) + dims
     present = inside & (heads < H + 2 * K)
+    # Inputs of the step, and what they lead to: nothing below waits for one load after another.
+    slot = tl.load(slot_mapping_ptr + token)
+    cos_ptrs = cos_sin_ptr + tl.load(positions_ptr + token) * (2 * HALF) + dims
+    cos = tl.load(cos_ptrs, mask=inside, other=0.0)
+    sin = tl.load(cos_ptrs + HALF, mask=inside, other=0.0)
     enter_early(EARLY)
     first = _load_sum(qkv_ptrs, present, split_stride, SPLITS)
     second = _load_sum(qkv_ptrs + HALF, present, split_stride, SPLITS)
 
-    slot = tl.load(slot_mapping_ptr + token)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     v_ptrs = v_cache_ptr + block * v_block_stride + offset * v_slot_stride
     v_ptrs += (heads - H - K) * (2 * HALF) + dims
@@ -263,9 +267,6 @@ def _rope_and_cache_kernel(
     if k_weight_ptr is not None:
         first, second = _normed_heads(first, second, k_weight_ptr, dims, is_k, eps, HALF)
 
-    cos_ptrs = cos_sin_ptr + tl.load(positions_ptr + token) * (2 * HALF) + dims
-    cos = tl.load(cos_ptrs, mask=inside, other=0.0)
-    sin = tl.load(cos_ptrs + HALF, mask=inside, other=0.0)
     rotated_first = first * cos - second * sin
     rotated_second = second * cos + first * sin
     tl.store(out_ptrs, rotated_first, mask=inside & (is_q | is_k))
