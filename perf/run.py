@@ -221,7 +221,7 @@ def make_llm(
             f"the longest sequence has {max_len} tokens, the model takes {limit}; lower --scale"
         )
     max_num_seqs = max(
-        [max(workload.rows) for workload in workloads if workload.rows]
+        [rows for workload in workloads for rows, _ in workload.points]
         + [min(256, len(workload.lengths(scale))) for workload in workloads]
     )
     return LLM(
@@ -296,20 +296,19 @@ def _shadow_ms(host_ms: dict[str, float]) -> float:
 
 def _grid(workload: Workload, llm: LLM, probe: StepProbe, scale: float, bandwidth: float) -> Values:
     values: Values = {}
-    for context in workload.contexts:
-        for rows in workload.rows:
-            length = scaled(context, scale)
-            if not probe.fits(rows, length):
-                continue
-            point = probe.measure(rows, length)
-            values |= point
-            device_ms = point[f"device_ms[{rows} x {length}]"][0]
-            num_bytes = weight_bytes(llm) + rows * length * _kv_token_bytes(llm)
-            values[f"bandwidth_share[{rows} x {length}]"] = (
-                num_bytes / (1e-3 * device_ms) / bandwidth,
-                "of 1",
-                "higher",
-            )
+    for rows, context in workload.points:
+        length = scaled(context, scale)
+        if not probe.fits(rows, length):
+            continue
+        point = probe.measure(rows, length)
+        values |= point
+        device_ms = point[f"device_ms[{rows} x {length}]"][0]
+        num_bytes = weight_bytes(llm) + rows * length * _kv_token_bytes(llm)
+        values[f"bandwidth_share[{rows} x {length}]"] = (
+            num_bytes / (1e-3 * device_ms) / bandwidth,
+            "of 1",
+            "higher",
+        )
     return values
 
 
