@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from captures import (
-    Bank,
+    BankPart,
     Banks,
     BucketLadder,
     CaptureReport,
@@ -189,9 +189,9 @@ class ModelRunner:
         fill_prefill(tokens, sequences, batch, table)
         out_bytes = num_sequences * torch.int64.itemsize
 
-        def run(bank: Bank) -> None:
-            tokens, sequences = _views(layouts, bank.device_in, Layout.views)
-            self.prefill(tokens, sequences, batch, bank.device_out[:out_bytes].view(torch.int64))
+        def run(part: BankPart) -> None:
+            tokens, sequences = _views(layouts, part.device_in, Layout.views)
+            self.prefill(tokens, sequences, batch, part.device_out.view(torch.int64))
 
         def wait() -> TokenIds:
             self._prefill_banks.wait(bank)

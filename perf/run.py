@@ -258,7 +258,7 @@ def _requests(workload: Workload, llm: LLM, scale: float, bandwidth: float) -> t
         "out_tok_per_s": (num_out / stats.elapsed_s, "tok/s", "higher"),
         "ms_per_step": (1e3 * stats.elapsed_s / max(new for _, new in lengths), "ms", "lower"),
         "device_ms_per_decode_step": (stats.decode_ms, "ms", "lower"),
-        "host_ms_per_decode_step": (_shadow_ms(stats.host_ms), "ms", "lower"),
+        "host_ms_per_decode_step": (shadow_ms(stats.host_ms), "ms", "lower"),
         "prefill_tflops": (
             1e-12 * prefill_flops(llm, [p for p, _ in lengths]) / max(prefill_s, 1e-9),
             "TFLOP/s",
@@ -287,11 +287,13 @@ def _requests(workload: Workload, llm: LLM, scale: float, bandwidth: float) -> t
     return values, detail
 
 
-def _shadow_ms(host_ms: dict[str, float]) -> float:
-    """Host time of a decode step, prefills and waiting apart."""
-    return sum(
-        host_ms.get(name, 0.0) for name in ("intake", "schedule", "launch", "output", "commit")
-    )
+# Phases of the host in a decode step, prefills and waiting apart.
+SHADOW = ("intake", "schedule", "launch", "output", "commit")
+
+
+def shadow_ms(host_ms: dict[str, float]) -> float:
+    """Host time of a decode step."""
+    return sum(host_ms.get(name, 0.0) for name in SHADOW)
 
 
 def _grid(workload: Workload, llm: LLM, probe: StepProbe, scale: float, bandwidth: float) -> Values:

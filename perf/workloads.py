@@ -41,7 +41,7 @@ def _same(num: int, prompt: int, new: int) -> Callable[[float], Lengths]:
     return lambda scale: [(scaled(prompt, scale), scaled(new, scale))] * num
 
 
-def _mixed(num: int) -> Callable[[float], Lengths]:
+def mixed(num: int) -> Callable[[float], Lengths]:
     """Uniform in 100..1024, drawn as nano-vllm's benchmark draws them: the token ids between the
     lengths too, so that 256 requests come to its published 133,966 output tokens."""
 
@@ -74,8 +74,8 @@ WORKLOADS = {
             points=((1, 1024), (32, 256), (32, 4096), (256, 1024)),
         ),
         Workload("limits-0.6b", "qwen3-0.6b", "grid", points=((1, 256), (32, 640), (256, 512))),
-        Workload("mixed-0.6b", "qwen3-0.6b", "run", _mixed(256)),
-        Workload("mixed-8b", "llama-8b", "run", _mixed(512)),
+        Workload("mixed-0.6b", "qwen3-0.6b", "run", mixed(256)),
+        Workload("mixed-8b", "llama-8b", "run", mixed(512)),
         Workload("prefill-8b", "llama-8b", "run", _same(64, 4096, 16)),
         Workload("latency", "qwen3-0.6b", "run", _same(1, 32, 128)),
         Workload("startup", "llama-8b", "startup"),

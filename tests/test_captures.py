@@ -22,6 +22,7 @@ from captures import (
     COMPUTE,
     Arena,
     Bank,
+    BankPart,
     Banks,
     BankState,
     BankStateError,
@@ -137,7 +138,7 @@ def make_banks(streams: CpuStreams | None = None) -> Banks:
     return Banks(streams or CpuStreams(), "bank", in_bytes=16, out_bytes=16)
 
 
-def launch(banks: Banks, bank: Bank, step: Callable[[Bank], None] = lambda bank: None) -> None:
+def launch(banks: Banks, bank: Bank, step: Callable[[BankPart], None] = lambda part: None) -> None:
     banks.launch(bank, step, in_bytes=16, out_bytes=16)
 
 
@@ -193,7 +194,7 @@ def test_banks_are_used_in_turn_and_never_more_than_there_are() -> None:
 
 
 def test_failed_step_leaves_banks_usable_after_reset() -> None:
-    def fail(bank: Bank) -> None:
+    def fail(part: BankPart) -> None:
         raise KeyboardInterrupt
 
     banks = make_banks()

@@ -19,6 +19,7 @@ from graphengine.model_runner import Launched
 from graphengine.scheduler import DecodeBatch
 from graphengine.sequence_table import SequenceTable
 from perf.figures import merge
+from perf.host_loop import measure, without_model
 from perf.step_probe import StepProbe
 
 RUN = ["perf", "run", "--model", "demo", "--scale", "0.004", "--repeats", "1", "--workload"]
@@ -132,3 +133,13 @@ def test_steps_of_a_point_are_at_its_context_and_rows() -> None:
         spans = probe.steps(3, 30)()
     assert sum(contexts) / len(contexts) == 30.5
     assert all(a.end_s <= b.start_s for a, b in itertools.pairwise(spans))
+
+
+def test_host_is_measured_without_the_model() -> None:
+    """Steps, batches and outputs are counted as they would be with it."""
+    with LLM("demo", max_num_seqs=4, max_model_len=64, skip_tokenizer_init=True) as llm:
+        without_model(llm)
+        found = measure(llm, [(5, 7)] * 4 + [(9, 3)] * 4, sample_memory=True)
+    assert (found["num_decode_steps"], found["num_prefill_steps"]) == (6 + 2, 2)
+    assert found["median_ms"]["launch"] <= found["slowest_ms"]["launch"][-1]
+    assert 0.0 < found["host_ms_per_decode_step"] < found["wall_ms_per_decode_step"]
