@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
@@ -23,6 +23,16 @@ class BankStateError(RuntimeError):
     """A bank was used out of turn: a bug in the caller, never a matter of timing."""
 
 
+@dataclass(frozen=True, slots=True)
+class BankPart:
+    """The first bytes of a bank's buffers: what one launch moves and works on."""
+
+    host_in: torch.Tensor
+    device_in: torch.Tensor
+    device_out: torch.Tensor
+    host_out: torch.Tensor
+
+
 class Bank:
     """One set of buffers for one launch in flight. All uint8, allocated once.
 
@@ -40,6 +50,22 @@ class Bank:
         self.copied = streams.event(f"{name}.copied")
         self.computed = streams.event(f"{name}.computed")
         self.ready = streams.event(f"{name}.ready")
+        self.copy_in_name, self.copy_out_name = f"{name}.in", f"{name}.out"
+        self._part_sizes = (-1, -1)
+        self._part: BankPart | None = None
+
+    def part(self, in_bytes: int, out_bytes: int) -> BankPart:
+        """Kept until other sizes are asked for: steps that follow one another mostly have the same,
+        and cutting four tensors takes as long as launching a copy."""
+        if self._part is None or self._part_sizes != (in_bytes, out_bytes):
+            self._part_sizes = (in_bytes, out_bytes)
+            self._part = BankPart(
+                self.host_in[:in_bytes],
+                self.device_in[:in_bytes],
+                self.device_out[:out_bytes],
+                self.host_out[:out_bytes],
+            )
+        return self._part
 
     def advance(self, expected: BankState, new: BankState) -> None:
         if self.state is not expected:
@@ -82,48 +108,45 @@ class Banks:
         return bank
 
     def launch(
-        self, bank: Bank, step: Callable[[Bank], None], *, in_bytes: int, out_bytes: int
+        self, bank: Bank, step: Callable[[BankPart], None], *, in_bytes: int, out_bytes: int
     ) -> None:
         """Enqueues copy-in, `step` on the compute stream, copy-out; returns without waiting.
 
-        `step` reads bank.device_in and writes bank.device_out. Neither can be in use by an earlier
+        `step` reads its device_in and writes its device_out. Neither can be in use by an earlier
         launch: a bank is FREE only after its `ready` event, which follows all its device work.
         """
         bank.advance(BankState.FILLING, BankState.LAUNCHED)
-        streams = self._streams
-        with self._timed(COPY_IN):
-            streams.copy(
-                COPY_IN, bank.device_in[:in_bytes], bank.host_in[:in_bytes], f"{bank.name}.in"
-            )
+        streams, clock = self._streams, self._clock
+        copy_clock = clock if clock is not None and clock.times_copies else None
+        part = bank.part(in_bytes, out_bytes)
+        if copy_clock is not None:
+            copy_clock.begin(self._name, COPY_IN)
+        streams.copy(COPY_IN, part.device_in, part.host_in, bank.copy_in_name)
+        if copy_clock is not None:
+            copy_clock.end(COPY_IN)
         streams.record(bank.copied, COPY_IN)
         # Reader of device_in: the step. Writer: the copy. Between them: `copied`.
         streams.wait(COMPUTE, bank.copied)
-        with self._timed(COMPUTE), streams.on(COMPUTE):
-            step(bank)
+        if clock is not None:
+            clock.begin(self._name)
+        with streams.on(COMPUTE):
+            step(part)
+        if clock is not None:
+            clock.end()
         streams.record(bank.computed, COMPUTE)
         # Reader of device_out: the copy-out. Writer: the step. Between them: `computed`.
         streams.wait(COPY_OUT, bank.computed)
-        with self._timed(COPY_OUT):
-            streams.copy(
-                COPY_OUT, bank.host_out[:out_bytes], bank.device_out[:out_bytes], f"{bank.name}.out"
-            )
+        if copy_clock is not None:
+            copy_clock.begin(self._name, COPY_OUT)
+        streams.copy(COPY_OUT, part.host_out, part.device_out, bank.copy_out_name)
+        if copy_clock is not None:
+            copy_clock.end(COPY_OUT)
         streams.record(bank.ready, COPY_OUT)
 
     def wait(self, bank: Bank) -> None:
         """Blocks until host_out is written; the bank is READY."""
         bank.advance(BankState.LAUNCHED, BankState.READY)
         bank.ready.synchronize()
-
-    @contextlib.contextmanager
-    def _timed(self, stream: str) -> Iterator[None]:
-        """A clock entry on `stream` around what is launched inside."""
-        clock = self._clock
-        if clock is None or (stream != COMPUTE and not clock.times_copies):
-            yield
-            return
-        clock.begin(self._name, stream)
-        yield
-        clock.end(stream)
 
     def reset(self) -> None:
         """Every bank is FREE again, whatever it was. The caller has synchronized the streams."""

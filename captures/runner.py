@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from captures.banks import Bank, Banks
+from captures.banks import Bank, BankPart, Banks
 from captures.buckets import BucketLadder
 from captures.clock import StepClock
 from captures.fields import Arena, Field
@@ -91,6 +91,14 @@ class StepPipeline:
         self._static_out = torch.zeros(out_bytes, dtype=torch.uint8, device=streams.device)
         self.static_inputs = {s: v.views(self._static_in) for s, v in self._in_layouts.items()}
         self.static_outputs = {s: v.views(self._static_out) for s, v in self._out_layouts.items()}
+        # By bucket, the bytes of both that its rows take: slices would be cut every step.
+        self._static_parts = {
+            size: (
+                self._static_in[: self._in_layouts[size].nbytes],
+                self._static_out[: self._out_layouts[size].nbytes],
+            )
+            for size in ladder.sizes
+        }
         self._banks = Banks(
             streams,
             name,
@@ -116,17 +124,21 @@ class StepPipeline:
         return Step(bank, num_rows, bucket, inputs)
 
     def launch(self, step: Step, execute: Callable[[int], None]) -> None:
-        in_bytes = self._in_layouts[step.bucket].nbytes
-        out_bytes = self._out_layouts[step.bucket].nbytes
+        static_in, static_out = self._static_parts[step.bucket]
 
-        def run(bank: Bank) -> None:
+        def run(part: BankPart) -> None:
             # The compute stream orders these three after the previous step's reads of the static
             # inputs and before the next step's writes of the static outputs.
-            self._static_in[:in_bytes].copy_(bank.device_in[:in_bytes], non_blocking=True)
+            static_in.copy_(part.device_in, non_blocking=True)
             execute(step.bucket)
-            bank.device_out[:out_bytes].copy_(self._static_out[:out_bytes], non_blocking=True)
+            part.device_out.copy_(static_out, non_blocking=True)
 
-        self._banks.launch(step.bank, run, in_bytes=in_bytes, out_bytes=out_bytes)
+        self._banks.launch(
+            step.bank,
+            run,
+            in_bytes=self._in_layouts[step.bucket].nbytes,
+            out_bytes=self._out_layouts[step.bucket].nbytes,
+        )
 
     def wait(self, step: Step) -> HostArrays:
         self._banks.wait(step.bank)

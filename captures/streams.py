@@ -71,6 +71,34 @@ class _CudaEvent:
         return float(self.cuda.elapsed_time(end.cuda))
 
 
+class _OnStream:
+    """What torch.cuda.stream does, by the calls that it makes itself, without the objects it makes
+    and the checks between them: three of these are entered every step."""
+
+    __slots__ = ("_before", "_device_index", "_stream")
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> None:
+        stream = self._stream
+        self._device_index = torch._C._cuda_getDevice()
+        self._before = torch._C._cuda_getCurrentStream(stream.device_index)
+        _set_stream(stream.stream_id, stream.device_index, stream.device_type)
+
+    def __exit__(self, *_: object) -> None:
+        _set_stream(*self._before)
+        if self._device_index != self._stream.device_index:
+            torch.cuda.set_device(self._device_index)
+
+
+def _set_stream(stream_id: int, device_index: int, device_type: int) -> None:
+    """Also makes the stream's device the current one."""
+    torch._C._cuda_setStream(
+        stream_id=stream_id, device_index=device_index, device_type=device_type
+    )
+
+
 def _cuda_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
@@ -98,11 +126,11 @@ class CudaStreams:
         self._streams[stream].wait_event(event.cuda)
 
     def copy(self, stream: str, dst: torch.Tensor, src: torch.Tensor, what: str) -> None:
-        with torch.cuda.stream(self._streams[stream]):
+        with _OnStream(self._streams[stream]):
             dst.copy_(src, non_blocking=True)
 
     def on(self, stream: str) -> AbstractContextManager[object]:
-        return torch.cuda.stream(self._streams[stream])
+        return _OnStream(self._streams[stream])
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         return torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)

@@ -31,7 +31,9 @@ class BlockManager:
     def allocate(self, count: int) -> list[int]:
         """`count` blocks. The caller checks `num_free` first."""
         assert 0 <= count <= len(self._free), (count, len(self._free))
-        taken = [self._free.pop() for _ in range(count)]
+        first = len(self._free) - count
+        taken = self._free[first:][::-1]
+        del self._free[first:]
         for block in taken:
             self._is_free[block] = 0
         return taken

@@ -7,6 +7,7 @@ import math
 import torch
 
 from captures import BucketLadder, CaptureError, StepClock, Streams, make_streams
+from graphengine.attention.flash import FlashAttention
 from graphengine.errors import CapacityError
 from graphengine.kernels import kernels_for
 from graphengine.kv_cache import KVCache
@@ -67,7 +68,7 @@ def _build_runner(resolved: Resolved, laps: Laps) -> tuple[StepClock, ModelRunne
     runner = _make_runner(resolved, model, streams, clock, num_blocks, resolved.ladder)
     if resolved.device.type == "cuda":
         # Takes from the allocator now what the largest steps will ever need of it.
-        runner.run_largest_steps(make_table(resolved))
+        runner.run_largest_steps(make_table(resolved), max_context=context_to_try(resolved))
         clock.reset()
     laps.end("graphs")
     return clock, runner, num_blocks
@@ -75,6 +76,15 @@ def _build_runner(resolved: Resolved, laps: Laps) -> tuple[StepClock, ModelRunne
 
 def make_table(resolved: Resolved) -> SequenceTable:
     return SequenceTable(resolved.config.max_num_seqs, resolved.max_model_len, resolved.block_size)
+
+
+def context_to_try(resolved: Resolved) -> int:
+    """Length of the prompt whose last chunk takes as much memory as that of any. flash-attn 2 reads
+    the cache in place and allocates by queries alone, so that a little context tells all; 128K
+    tokens of it would take an 8B model seconds. Other backends gather or copy what they read."""
+    if resolved.attention.name != FlashAttention.name:
+        return resolved.max_model_len
+    return min(resolved.max_model_len, resolved.config.max_num_batched_tokens + resolved.block_size)
 
 
 def cpu_kv_bytes(resolved: Resolved) -> int:
@@ -190,7 +200,7 @@ def _measure_working_bytes(resolved: Resolved, model: DecoderModel, streams: Str
     before = torch.cuda.memory_allocated(resolved.device)
     runner = _make_runner(resolved, model, streams, StepClock(streams), 0, ladder)
     torch.cuda.reset_peak_memory_stats(resolved.device)
-    runner.run_largest_steps(make_table(resolved))
+    runner.run_largest_steps(make_table(resolved), max_context=context_to_try(resolved))
     step_bytes = torch.cuda.max_memory_allocated(resolved.device) - before
     report = runner.capture_report
     runner.close()

@@ -342,7 +342,8 @@ class LLM:
         rows, finished = self._scheduler.commit(launched.batch, token_ids)
         self._counters.output_tokens += len(rows) + len(finished)
         ended = [(sequence, self._text_if_stopped(sequence)) for sequence in finished]
-        for idx in rows[self._table.has_stop_strings[rows]].tolist():
+        watched = self._table.has_stop_strings[rows]
+        for idx in rows[watched].tolist() if watched.any() else ():
             running = self._table.sequences[idx]
             assert running is not None
             match = self._match(running, self._table.last_token_id(idx))

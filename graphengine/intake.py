@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from typing import cast
 
 from graphengine.config import MAX_STOP_IDS
 from graphengine.errors import RequestError
@@ -129,6 +130,12 @@ class Intake:
         return value, token_ids
 
     def _check_ids(self, name: str, token_ids: SequenceOf[object]) -> None:
+        # Most prompts are a list of int in range, which takes no Python for each token; the thread
+        # beside this one launches steps meanwhile.
+        if set(map(type, token_ids)) == {int}:
+            known = cast("SequenceOf[int]", token_ids)
+            if min(known) >= 0 and max(known) < self._vocab_size:
+                return
         for token_id in token_ids:
             if not isinstance(token_id, int) or isinstance(token_id, bool):
                 raise RequestError(f"{name} holds {brief(token_id)}; give a list of int")

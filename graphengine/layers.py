@@ -102,7 +102,6 @@ class DecoderLayer(nn.Module):
         activated = kernels.linear_silu_mul(normed, self.gate_up_proj, self.gate_up_bias)
         return kernels.linear(activated, self.down_proj, self.down_bias)
 
-
     def decode_attention(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata
     ) -> Tensor:

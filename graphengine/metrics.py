@@ -5,8 +5,9 @@ from __future__ import annotations
 import heapq
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Reversible
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 # A gap is looked at once the launch after it has ended, at most three turns of six laps later.
 _RECENT_LAPS = 128
@@ -51,9 +52,8 @@ class EngineStats:
     longest_gaps: tuple[Gap, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Lap:
-    """One phase of the host, in seconds of perf_counter."""
+class Lap(NamedTuple):
+    """One phase of the host, in seconds of perf_counter. A tuple: six are made every step."""
 
     phase: str
     start_s: float
@@ -112,7 +112,7 @@ class IdleAccount:
         self._longest: list[tuple[float, float, Gap]] = []
         self.recent: deque[tuple[str, float, float]] = deque(maxlen=_RECENT_LAUNCHES)
 
-    def add(self, label: str, start_s: float, end_s: float, recent: Iterable[Lap]) -> None:
+    def add(self, label: str, start_s: float, end_s: float, recent: Reversible[Lap]) -> None:
         """A launch ran on the device from start_s to end_s; launches come in order. recent: laps of
         the host, oldest first, that cover the gap before it."""
         self.recent.append((label, start_s, end_s))
@@ -127,9 +127,11 @@ class IdleAccount:
         """Longest first."""
         return tuple(gap for _, _, gap in sorted(self._longest, reverse=True))
 
-    def _add_gap(self, start_s: float, end_s: float, recent: Iterable[Lap]) -> None:
+    def _add_gap(self, start_s: float, end_s: float, recent: Reversible[Lap]) -> None:
         host_ms: dict[str, float] = {}
-        for lap in recent:
+        for lap in reversed(recent):
+            if lap.end_s <= start_s:
+                break
             overlap_s = min(end_s, lap.end_s) - max(start_s, lap.start_s)
             if overlap_s > 0.0:
                 host_ms[lap.phase] = host_ms.get(lap.phase, 0.0) + 1e3 * overlap_s

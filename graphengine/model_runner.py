@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from captures import (
-    Bank,
+    BankPart,
     Banks,
     BucketLadder,
     CaptureReport,
@@ -189,9 +189,9 @@ class ModelRunner:
         fill_prefill(tokens, sequences, batch, table)
         out_bytes = num_sequences * torch.int64.itemsize
 
-        def run(bank: Bank) -> None:
-            tokens, sequences = _views(layouts, bank.device_in, Layout.views)
-            self.prefill(tokens, sequences, batch, bank.device_out[:out_bytes].view(torch.int64))
+        def run(part: BankPart) -> None:
+            tokens, sequences = _views(layouts, part.device_in, Layout.views)
+            self.prefill(tokens, sequences, batch, part.device_out.view(torch.int64))
 
         def wait() -> TokenIds:
             self._prefill_banks.wait(bank)
@@ -204,20 +204,19 @@ class ModelRunner:
         )
         return Launched(batch, wait)
 
-    def run_largest_steps(self, table: SequenceTable) -> None:
+    def run_largest_steps(self, table: SequenceTable, *, max_context: int) -> None:
         """Runs the largest steps there are, on the null block only: what memory they take is what
-        any step takes at most. A prefill of many short prompts, one of the last chunk of a longest
-        prompt, and a decode step of every row. Blocks until done."""
+        any step takes at most. A prefill of many short prompts, one of the last chunk of a prompt
+        of `max_context` tokens, and a decode step of every row. Blocks until done."""
         num_tokens, num_sequences = self._max_prefill
         ends = np.full(num_sequences, num_tokens // num_sequences)
         ends[: num_tokens % num_sequences] += 1
         self._run_null_prefill(table, np.zeros_like(ends), ends)
-        max_len = table.token_ids.shape[1]
-        start = max(0, max_len - num_tokens)
-        self._run_null_prefill(table, np.array([start]), np.array([max_len]))
+        start = max(0, max_context - num_tokens)
+        self._run_null_prefill(table, np.array([start]), np.array([max_context]))
         # Few tokens run in kernels of their own, which would be compiled in the middle of a run.
         for few in _FEW_TOKENS:
-            if few <= min(num_tokens, max_len):
+            if few <= min(num_tokens, max_context):
                 self._run_null_prefill(table, np.array([0]), np.array([few]))
         step = self._runner.open(self._runner.ladder.max_rows)
         for name, pad in self._decode_pads.items():

@@ -55,12 +55,15 @@ def fill_decode(views: HostArrays, batch: DecodeBatch, table: SequenceTable) -> 
     advanced already. Gathers only: no Python per row."""
     rows = batch.rows
     n = len(rows)
-    positions = table.num_computed[rows].astype(np.int64) - 1
-    blocks = table.block_tables[rows, positions // table.block_size].astype(np.int64)
+    context_lens = table.num_computed[rows]
+    positions = context_lens.astype(np.int64) - 1
+    columns = positions // table.block_size
+    blocks = table.block_tables[rows, columns]
     views["seq_indices"][:n] = rows
     views["positions"][:n] = positions
-    views["slot_mapping"][:n] = blocks * table.block_size + positions % table.block_size
-    views["context_lens"][:n] = positions + 1
+    # Position within the block: what the columns before this one leave of it.
+    views["slot_mapping"][:n] = positions + (blocks - columns) * table.block_size
+    views["context_lens"][:n] = context_lens
     np.take(table.block_tables, rows, axis=0, out=views["block_tables"][:n], mode="clip")
     _fill_sampling(views, rows, table.num_launched[rows] - 1, table)
 

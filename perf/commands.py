@@ -115,7 +115,14 @@ def run_command(
             }
             for name, modes in result["workloads"].items()
         }
-        _print_json({"output": output, "config": result["config"], "medians": medians})
+        _print_json(
+            {
+                "output": output,
+                "config": result["config"],
+                "read_bandwidth_bytes_per_s": result["read_bandwidth_bytes_per_s"],
+                "medians": medians,
+            }
+        )
 
 
 @perf_app.command("compare")

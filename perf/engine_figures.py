@@ -24,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from perf.checkpoint import write_checkpoint
 from perf.shapes import SHAPES, write_shape
 
 Figures = dict[str, Any]
@@ -143,6 +142,9 @@ def decode(
 def startup(shape: str, folder: Path) -> Figures:
     """Seconds from process start to the first decode step's token, by phase, of a checkpoint on
     disk that is in the page cache. The second of two runs counts: the first one fills caches."""
+    # Imported here: torch comes with it, and the process measured imports this module.
+    from perf.checkpoint import write_checkpoint
+
     start = time.perf_counter()
     path = write_checkpoint(shape, folder)
     written_s = time.perf_counter() - start

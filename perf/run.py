@@ -171,6 +171,11 @@ def _run_group(
 ) -> dict[str, Json]:
     llm = make_llm(path, max(w.max_len(scale) for w in workloads), workloads, scale, options)
     try:
+        capture: Json = {}
+        if llm.capture_report is not None:
+            capture["capture_s"] = llm.capture_report.total_s
+            capture["num_buckets"] = len(llm.capture_report.seconds)
+            say(f"{capture['num_buckets']} buckets captured in {capture['capture_s']:.2f} s")
         measured: dict[str, list[Values]] = {workload.name: [] for workload in workloads}
         details: dict[str, Json] = {}
         probe = StepProbe(llm) if any(w.kind == "grid" for w in workloads) else None
@@ -189,7 +194,7 @@ def _run_group(
                     values, detail = _requests(workload, llm, share, bandwidth)
                 if repeat >= 0:
                     measured[workload.name].append(values)
-                    details[workload.name] = detail
+                    details[workload.name] = detail | capture
         return {
             name: {"figures": merge(values), "detail": details[name]}
             for name, values in measured.items()
@@ -230,7 +235,7 @@ def make_llm(
             f"the longest sequence has {max_len} tokens, the model takes {limit}; lower --scale"
         )
     max_num_seqs = max(
-        [max(workload.rows) for workload in workloads if workload.rows]
+        [rows for workload in workloads for rows, _ in workload.points]
         + [min(256, len(workload.lengths(scale))) for workload in workloads]
     )
     return LLM(
@@ -267,7 +272,7 @@ def _requests(workload: Workload, llm: LLM, scale: float, bandwidth: float) -> t
         "out_tok_per_s": (num_out / stats.elapsed_s, "tok/s", "higher"),
         "ms_per_step": (1e3 * stats.elapsed_s / max(new for _, new in lengths), "ms", "lower"),
         "device_ms_per_decode_step": (stats.decode_ms, "ms", "lower"),
-        "host_ms_per_decode_step": (_shadow_ms(stats.host_ms), "ms", "lower"),
+        "host_ms_per_decode_step": (shadow_ms(stats.host_ms), "ms", "lower"),
         "prefill_tflops": (
             1e-12 * prefill_flops(llm, [p for p, _ in lengths]) / max(prefill_s, 1e-9),
             "TFLOP/s",
@@ -296,29 +301,30 @@ def _requests(workload: Workload, llm: LLM, scale: float, bandwidth: float) -> t
     return values, detail
 
 
-def _shadow_ms(host_ms: dict[str, float]) -> float:
-    """Host time of a decode step, prefills and waiting apart."""
-    return sum(
-        host_ms.get(name, 0.0) for name in ("intake", "schedule", "launch", "output", "commit")
-    )
+# Phases of the host in a decode step, prefills and waiting apart.
+SHADOW = ("intake", "schedule", "launch", "output", "commit")
+
+
+def shadow_ms(host_ms: dict[str, float]) -> float:
+    """Host time of a decode step."""
+    return sum(host_ms.get(name, 0.0) for name in SHADOW)
 
 
 def _grid(workload: Workload, llm: LLM, probe: StepProbe, scale: float, bandwidth: float) -> Values:
     values: Values = {}
-    for context in workload.contexts:
-        for rows in workload.rows:
-            length = scaled(context, scale)
-            if not probe.fits(rows, length):
-                continue
-            point = probe.measure(rows, length)
-            values |= point
-            device_ms = point[f"device_ms[{rows} x {length}]"][0]
-            num_bytes = weight_bytes(llm) + rows * length * _kv_token_bytes(llm)
-            values[f"bandwidth_share[{rows} x {length}]"] = (
-                num_bytes / (1e-3 * device_ms) / bandwidth,
-                "of 1",
-                "higher",
-            )
+    for rows, context in workload.points:
+        length = scaled(context, scale)
+        if not probe.fits(rows, length):
+            continue
+        point = probe.measure(rows, length)
+        values |= point
+        device_ms = point[f"device_ms[{rows} x {length}]"][0]
+        num_bytes = weight_bytes(llm) + rows * length * _kv_token_bytes(llm)
+        values[f"bandwidth_share[{rows} x {length}]"] = (
+            num_bytes / (1e-3 * device_ms) / bandwidth,
+            "of 1",
+            "higher",
+        )
     return values
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from graphengine.errors import GraphEngineError
-from perf.checkpoint import write_checkpoint
 from perf.figures import Figure, merge
 
 
@@ -20,6 +19,9 @@ def measure_startup(model: str | None, shape: str, folder: Path, *, repeats: int
     """Figures of `repeats` processes each with an empty and a filled Triton cache. Without `model`
     a checkpoint of `shape` is written first, so its pages are in memory, as a second start finds
     them."""
+    # Imported here: torch comes with it, and the processes measured import this module.
+    from perf.checkpoint import write_checkpoint
+
     path = Path(model) if model else write_checkpoint(shape, folder)
     figures: dict[str, Figure] = {}
     detail: dict[str, Any] = {}

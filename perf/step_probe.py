@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import time
+import itertools
+import statistics
+from collections.abc import Callable
 
 import numpy as np
 
+from captures import COMPUTE, DeviceSpan
 from graphengine import LLM
 from graphengine.model_runner import Launched
 from graphengine.scheduler import DecodeBatch
@@ -34,8 +37,34 @@ class StepProbe:
         )
 
     def measure(self, rows: int, context: int) -> Values:
-        """Figures of GRID_STEPS steps whose contexts end at `context` + GRID_STEPS / 2 on average
-        `context`; the same number of steps ran before, to warm up."""
+        """Medians over GRID_STEPS steps at `context` on average, after as many that warmed up.
+
+        device_ms: of a step, on the device's clock, its copies within the device included. step_ms:
+        from the end of a step to the end of the next. gpu_busy: of the time from the first step's
+        start to the last one's end."""
+        steps = self.steps(rows, context)
+        steps()
+        self._llm._clock.reset()
+        spans = steps()
+        ends_s = [span.end_s for span in spans]
+        times_s = {
+            "device_ms": [span.end_s - span.start_s for span in spans],
+            "step_ms": [end - before for before, end in itertools.pairwise(ends_s)],
+        }
+        point = f"[{rows} x {context}]"
+        values: Values = {
+            f"{name}{point}": (1e3 * statistics.median(seconds), "ms", "lower")
+            for name, seconds in times_s.items()
+        }
+        busy = self._llm._clock.reading.busy_share
+        if busy is not None and self._llm._resolved.device.type == "cuda":
+            values[f"gpu_busy{point}"] = (busy, "of 1", "higher")
+        return values
+
+    def steps(self, rows: int, context: int) -> Callable[[], list[DeviceSpan]]:
+        """Runs GRID_STEPS decode steps of `rows` sequences, the first at a context GRID_STEPS / 2
+        below `context`, and gives when each ran on the device. Blocks until they have. A point
+        must fit."""
         llm, block_size = self._llm, self._llm.block_size
         table = SequenceTable(llm.config.max_num_seqs, llm.max_model_len, block_size)
         first = max(1, context - GRID_STEPS // 2)
@@ -44,30 +73,22 @@ class StepProbe:
         lines = np.arange(rows)
         table.block_tables[lines, :per_row] = blocks.reshape(rows, per_row)
         batch = DecodeBatch(lines, table.epochs[lines])
-        elapsed_s = 0.0
-        for _ in range(2):
+
+        def run() -> list[DeviceSpan]:
             table.num_computed[lines] = first
             table.num_launched[lines] = first + 1
-            llm._clock.reset()
-            start_s = time.perf_counter()
-            self._run(batch, table)
-            elapsed_s = time.perf_counter() - start_s
-            llm._clock.collect()
-        reading = llm._clock.reading
-        point = f"[{rows} x {context}]"
-        return {
-            f"device_ms{point}": (reading.launch_ms["decode"] / GRID_STEPS, "ms", "lower"),
-            f"step_ms{point}": (1e3 * elapsed_s / GRID_STEPS, "ms", "lower"),
-        }
+            before: Launched | None = None
+            for _ in range(GRID_STEPS):
+                table.num_computed[lines] += 1
+                table.num_launched[lines] += 1
+                launched = self._runner.launch(batch, table)
+                if before is not None:
+                    before.wait()
+                before = launched
+            assert before is not None
+            before.wait()
+            spans = [span for span in llm._clock.collect() if span.stream == COMPUTE]
+            assert len(spans) == GRID_STEPS
+            return spans
 
-    def _run(self, batch: DecodeBatch, table: SequenceTable) -> None:
-        before: Launched | None = None
-        for _ in range(GRID_STEPS):
-            table.num_computed[batch.rows] += 1
-            table.num_launched[batch.rows] += 1
-            launched = self._runner.launch(batch, table)
-            if before is not None:
-                before.wait()
-            before = launched
-        assert before is not None
-        before.wait()
+        return run

@@ -12,8 +12,8 @@ Lengths = list[tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """kind "run": the requests through the whole engine. kind "grid": decode steps alone, of
-    `rows` x `contexts` sequences whose KV cache is filled with noise. kind "startup": processes.
+    """kind "run": the requests through the whole engine. kind "grid": decode steps alone, at
+    `points` of (rows, context), with a KV cache of noise. kind "startup": processes.
     shape: the random-weight model of perf/shapes.py it runs on unless another is given.
     max_len: the longest sequence, prompt and output."""
 
@@ -21,12 +21,11 @@ class Workload:
     shape: str
     kind: str
     lengths: Callable[[float], Lengths] = lambda scale: []
-    rows: tuple[int, ...] = ()
-    contexts: tuple[int, ...] = ()
+    points: tuple[tuple[int, int], ...] = ()
 
     def max_len(self, scale: float) -> int:
         if self.kind == "grid":
-            return max(scaled(context, scale) for context in self.contexts) + GRID_STEPS
+            return max(scaled(context, scale) for _, context in self.points) + GRID_STEPS
         return max((sum(pair) for pair in self.lengths(scale)), default=256)
 
 
@@ -42,7 +41,7 @@ def _same(num: int, prompt: int, new: int) -> Callable[[float], Lengths]:
     return lambda scale: [(scaled(prompt, scale), scaled(new, scale))] * num
 
 
-def _mixed(num: int) -> Callable[[float], Lengths]:
+def mixed(num: int) -> Callable[[float], Lengths]:
     """Uniform in 100..1024, drawn as nano-vllm's benchmark draws them: the token ids between the
     lengths too, so that 256 requests come to its published 133,966 output tokens."""
 
@@ -59,17 +58,24 @@ def _mixed(num: int) -> Callable[[float], Lengths]:
     return lengths
 
 
-_ROWS = (1, 8, 32, 64, 128, 256)
-_CONTEXTS = (256, 1024, 4096)
+_GRID = tuple((rows, context) for context in (256, 1024, 4096) for rows in (1, 8, 32, 64, 128, 256))
 
 WORKLOADS = {
     workload.name: workload
     for workload in (
         Workload("seed-8b", "llama-8b", "run", _same(32, 256, 8192)),
-        Workload("decode-8b", "llama-8b", "grid", rows=_ROWS, contexts=_CONTEXTS),
-        Workload("decode-0.6b", "qwen3-0.6b", "grid", rows=_ROWS, contexts=_CONTEXTS),
-        Workload("mixed-0.6b", "qwen3-0.6b", "run", _mixed(256)),
-        Workload("mixed-8b", "llama-8b", "run", _mixed(512)),
+        Workload("decode-8b", "llama-8b", "grid", points=_GRID),
+        Workload("decode-0.6b", "qwen3-0.6b", "grid", points=_GRID),
+        # Issue 4 states its limits, and perf/LOG.md its rivals' times, at these points.
+        Workload(
+            "limits-8b",
+            "llama-8b",
+            "grid",
+            points=((1, 1024), (32, 256), (32, 4096), (256, 1024)),
+        ),
+        Workload("limits-0.6b", "qwen3-0.6b", "grid", points=((1, 256), (32, 640), (256, 512))),
+        Workload("mixed-0.6b", "qwen3-0.6b", "run", mixed(256)),
+        Workload("mixed-8b", "llama-8b", "run", mixed(512)),
         Workload("prefill-8b", "llama-8b", "run", _same(64, 4096, 16)),
         Workload("latency", "qwen3-0.6b", "run", _same(1, 32, 128)),
         Workload("startup", "llama-8b", "startup"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from captures import (
     COMPUTE,
     Arena,
     Bank,
+    BankPart,
     Banks,
     BankState,
     BankStateError,
@@ -137,7 +139,7 @@ def make_banks(streams: CpuStreams | None = None) -> Banks:
     return Banks(streams or CpuStreams(), "bank", in_bytes=16, out_bytes=16)
 
 
-def launch(banks: Banks, bank: Bank, step: Callable[[Bank], None] = lambda bank: None) -> None:
+def launch(banks: Banks, bank: Bank, step: Callable[[BankPart], None] = lambda part: None) -> None:
     banks.launch(bank, step, in_bytes=16, out_bytes=16)
 
 
@@ -193,7 +195,7 @@ def test_banks_are_used_in_turn_and_never_more_than_there_are() -> None:
 
 
 def test_failed_step_leaves_banks_usable_after_reset() -> None:
-    def fail(bank: Bank) -> None:
+    def fail(part: BankPart) -> None:
         raise KeyboardInterrupt
 
     banks = make_banks()
@@ -518,6 +520,39 @@ def test_one_stream_given_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(RuntimeError, match="same CUDA stream twice"):
         CudaStreams(torch.device("cuda"))
     CudaStreams(torch.device("cuda"))
+
+
+def test_stream_is_left_as_torch_leaves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller's own stream and device are current again, also from inside another stream."""
+    current = {0: (10, 0, 1), 1: (11, 1, 1)}
+    device = [1]
+
+    def set_stream(*, stream_id: int, device_index: int, device_type: int) -> None:
+        current[device_index] = (stream_id, device_index, device_type)
+        device[0] = device_index
+
+    fakes: dict[str, Callable[..., object]] = {
+        "_cuda_getDevice": lambda: device[0],
+        "_cuda_getCurrentStream": lambda index: current[index],
+        "_cuda_setStream": set_stream,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch._C, name, fake, raising=False)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: device.__setitem__(0, index))
+    numbers = itertools.count(1)
+
+    def stream(_: torch.device) -> SimpleNamespace:
+        number = next(numbers)
+        return SimpleNamespace(cuda_stream=number, stream_id=number, device_index=0, device_type=1)
+
+    monkeypatch.setattr(captures.streams, "_cuda_stream", stream)
+    streams = CudaStreams(torch.device("cuda", 0))
+    with streams.on(COMPUTE):
+        with streams.on(captures.streams.COPY_IN):
+            assert (current[0], device) == ((2, 0, 1), [0])
+        assert (current[0], device) == ((1, 0, 1), [0])
+    assert current == {0: (10, 0, 1), 1: (11, 1, 1)}
+    assert device == [1]
 
 
 def test_cpu_gets_the_cpu_twin() -> None:

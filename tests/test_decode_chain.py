@@ -57,8 +57,14 @@ CONFIGS = {
         hidden_size=4096, intermediate_size=14336, num_heads=32, num_layers=2, qk_norm=False
     ),
     "qwen2-bias-d64": config(
-        hidden_size=2048, intermediate_size=5632, num_heads=32, num_kv_heads=4, head_dim=64,
-        num_layers=1, qk_norm=False, qkv_bias=True,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=64,
+        num_layers=1,
+        qk_norm=False,
+        qkv_bias=True,
     ),
 }
 
@@ -130,9 +136,7 @@ class Case:
         from graphengine.kernels.decode_chain import DecodeChain
 
         assert DecodeChain.takes(self.config, dtype=torch.bfloat16, device=CUDA)
-        chain = DecodeChain(
-            self.config, cos_sin=self.cos_sin, block_size=BLOCK_SIZE, device=CUDA
-        )
+        chain = DecodeChain(self.config, cos_sin=self.cos_sin, block_size=BLOCK_SIZE, device=CUDA)
         return self.run(chain)
 
     def run(self, chain: object) -> tuple[list[Tensor], Tensor]:
@@ -143,8 +147,13 @@ class Case:
         qs = [q.clone()]
         for index in range(len(layers) - 1):
             q = chain.between(  # type: ignore[attr-defined]
-                index, attended(q), self.positions, layers[index], layers[index + 1],
-                *kv[index + 1], self.slots,
+                index,
+                attended(q),
+                self.positions,
+                layers[index],
+                layers[index + 1],
+                *kv[index + 1],
+                self.slots,
             )
             qs.append(q.clone())
         return qs, chain.end(attended(q), layers[-1], self.norm)  # type: ignore[attr-defined]

@@ -469,6 +469,10 @@ def test_streams_are_three() -> None:
     for name in STREAMS:
         with streams.on(name):
             handles.add(torch.cuda.current_stream().cuda_stream)
+            with streams.on(STREAMS[0]):
+                assert torch.cuda.current_stream() == streams._streams[STREAMS[0]]
+            assert torch.cuda.current_stream() == streams._streams[name]
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert len(handles) == 3
     assert torch.cuda.default_stream().cuda_stream not in handles
 

@@ -127,7 +127,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     spin = Spin(ModelRunner.decode_step)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ModelRunner, "decode_step", spin.patched())
-        workload = replace(WORKLOADS[WORKLOAD], rows=(1,), contexts=(256,))
+        workload = replace(WORKLOADS[WORKLOAD], points=((1, 256),))
         patch.setitem(WORKLOADS, WORKLOAD, workload)
         patch.setattr(perf.step_probe, "GRID_STEPS", STEPS_PER_SAMPLE)
         # These ask git, and measure for a second.

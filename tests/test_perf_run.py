@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -12,8 +13,14 @@ from typer.testing import CliRunner
 import cli
 import perf.peers
 import perf.run
+from graphengine import LLM
 from graphengine.errors import GraphEngineError
+from graphengine.model_runner import Launched
+from graphengine.scheduler import DecodeBatch
+from graphengine.sequence_table import SequenceTable
 from perf.figures import merge
+from perf.host_loop import measure, without_model
+from perf.step_probe import StepProbe
 
 RUN = ["perf", "run", "--model", "demo", "--scale", "0.004", "--repeats", "1", "--workload"]
 
@@ -96,3 +103,43 @@ def test_eager_was_busy_for_about_what_its_kernels_take_as_graphs() -> None:
     perf.run._estimate_eager_busy({"w": modes, "eager-alone": {"eager": measured(5.0, 0.9)}})
     assert modes["eager"]["figures"]["gpu_busy_estimate"]["median"] == pytest.approx(0.49)
     assert "gpu_busy_estimate" not in modes["async"]["figures"]
+
+
+def test_limits_are_measured_at_their_own_points(tmp_path: Path) -> None:
+    output = tmp_path / "result.json"
+    command = ["perf", "run", "--model", "demo", "--scale", "0.05", "--repeats", "1"]
+    command += ["--workload", "limits-0.6b", "--output", str(output)]
+    assert CliRunner().invoke(cli.app, command).exit_code == 0
+    figures = json.loads(output.read_text())["workloads"]["limits-0.6b"]["async"]["figures"]
+    for point in ("1 x 13", "32 x 32", "256 x 26"):
+        for name in ("device_ms", "step_ms", "bandwidth_share"):
+            assert figures[f"{name}[{point}]"]["median"] > 0.0
+
+
+def test_steps_of_a_point_are_at_its_context_and_rows() -> None:
+    contexts: list[float] = []
+    with LLM("demo", max_num_seqs=4, max_model_len=64, skip_tokenizer_init=True) as llm:
+        probe = StepProbe(llm)
+        launch = llm._runner.launch
+
+        def watched(batch: DecodeBatch, table: SequenceTable) -> Launched:
+            assert len(batch.rows) == 3
+            contexts.extend(table.num_computed[batch.rows].tolist())
+            launched = launch(batch, table)
+            assert (table.block_tables[batch.rows, :2] > 0).all()
+            return launched
+
+        llm._runner.launch = watched  # type: ignore[method-assign,assignment]
+        spans = probe.steps(3, 30)()
+    assert sum(contexts) / len(contexts) == 30.5
+    assert all(a.end_s <= b.start_s for a, b in itertools.pairwise(spans))
+
+
+def test_host_is_measured_without_the_model() -> None:
+    """Steps, batches and outputs are counted as they would be with it."""
+    with LLM("demo", max_num_seqs=4, max_model_len=64, skip_tokenizer_init=True) as llm:
+        without_model(llm)
+        found = measure(llm, [(5, 7)] * 4 + [(9, 3)] * 4, sample_memory=True)
+    assert (found["num_decode_steps"], found["num_prefill_steps"]) == (6 + 2, 2)
+    assert found["median_ms"]["launch"] <= found["slowest_ms"]["launch"][-1]
+    assert 0.0 < found["host_ms_per_decode_step"] < found["wall_ms_per_decode_step"]

@@ -8,11 +8,17 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from graphengine import LLM, cuda_context
+from graphengine import LLM, SamplingParams, cuda_context
+from graphengine.build import context_to_try
+from graphengine.config import EngineConfig
 from graphengine.cuda_context import EarlyContext
+from graphengine.model_runner import Launched
+from graphengine.scheduler import PrefillBatch
+from graphengine.sequence_table import SequenceTable
 
 ROOT = Path(__file__).parents[1]
 
@@ -187,3 +193,54 @@ def test_two_engines_of_one_process_start_and_close() -> None:
     for _ in range(2):
         with LLM("demo", skip_tokenizer_init=True) as llm:
             assert set(llm.startup_s) >= {"imports", "device"}
+
+
+@pytest.mark.parametrize("module", ["perf.startup", "perf.engine_figures"])
+def test_measured_process_imports_torch_when_a_users_would(module: str) -> None:
+    """They took torch's import to come before the engine, and the context of the GPU after it."""
+    assert run_fresh(f"import sys, {module}; print('torch' in sys.modules)") == "False"
+
+
+# --- the largest steps
+
+
+@pytest.mark.parametrize(
+    ("name", "max_model_len", "tried"),
+    [
+        ("flash", 131072, 8192 + 256),
+        ("flash", 4096, 4096),
+        ("reference", 131072, 131072),
+        ("another", 131072, 131072),
+    ],
+)
+def test_context_is_tried_whole_unless_attention_reads_it_in_place(
+    name: str, max_model_len: int, tried: int
+) -> None:
+    resolved = SimpleNamespace(
+        attention=SimpleNamespace(name=name),
+        max_model_len=max_model_len,
+        block_size=256,
+        config=EngineConfig("demo"),
+    )
+    assert context_to_try(resolved) == tried  # type: ignore[arg-type]
+
+
+def test_largest_steps_hold_a_chunk_with_context_and_leave_no_trace() -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=8)
+    with LLM(
+        "demo", device="cpu", max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64
+    ) as llm:
+        runner = llm._runner
+        before = llm.generate("12+34=", params)[0].outputs[0].token_ids
+        seen: list[tuple[list[int], list[int]]] = []
+        launch = runner._launch_prefill
+
+        def watched(batch: PrefillBatch, table: SequenceTable) -> Launched:
+            seen.append((batch.starts.tolist(), batch.ends.tolist()))
+            return launch(batch, table)
+
+        runner._launch_prefill = watched  # type: ignore[method-assign]
+        runner.run_largest_steps(llm._table, max_context=20)
+        runner._launch_prefill = launch  # type: ignore[method-assign]
+        assert seen == [([0] * 4, [4] * 4), ([4], [20]), ([0], [16])]
+        assert llm.generate("12+34=", params)[0].outputs[0].token_ids == before

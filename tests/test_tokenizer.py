@@ -325,6 +325,7 @@ REFUSED = [
     pytest.param({"prompt_token_ids": [40]}, "holds 40; the vocabulary is 0..39", id="too high"),
     pytest.param({"prompt_token_ids": [2**80]}, "the vocabulary is 0..39", id="far too high"),
     pytest.param({"prompt_token_ids": [True]}, "holds True; give a list of int", id="a bool"),
+    pytest.param({"prompt_token_ids": [3, False, 4]}, "holds False; give a list", id="one bool"),
     pytest.param({"prompt_token_ids": [1.0]}, "holds 1.0; give a list of int", id="a float"),
     pytest.param({"prompt_token_ids": [[1]]}, "give a list of int", id="nested"),
     pytest.param({"prompt_token_ids": "12"}, "give a list of int", id="ids in a string"),

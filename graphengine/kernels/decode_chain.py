@@ -122,7 +122,11 @@ class DecodeChain:
 
     @staticmethod
     def takes(
-        config: ModelConfig, *, dtype: torch.dtype, device: torch.device, num_blocks: int | None = None
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_blocks: int | None = None,
     ) -> bool:
         """Whether a model runs this way. num_blocks: of the device's multiprocessors, if `device`
         is not to be asked."""
