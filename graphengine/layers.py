@@ -41,7 +41,7 @@ class DecoderLayer(nn.Module):
         e, i, d = config.hidden_size, config.intermediate_size, config.head_dim
         q_rows, qkv_rows = config.num_heads * d, (config.num_heads + 2 * config.num_kv_heads) * d
 
-        def weight(*shape: int) -> nn.Parameter:
+        def weight(*shape: int) -> Tensor:
             return empty_parameter(shape, dtype=dtype, device=device)
 
         self.input_norm = weight(e)

@@ -119,6 +119,7 @@ def chunk(backends: dict[str, AttentionBackend]) -> dict[str, Any]:
             kernels=kernels_for(device),
             attention=backend,
             max_model_len=4096,
+            block_size=BLOCK_SIZE,
         )
         dummy_weights(model, seed=0)
         lengths = [4096] * 2

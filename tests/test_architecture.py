@@ -47,10 +47,12 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "attention.flash4",
         "attention.reference",
         "kernels",
+        "kernels.decode_chain",
         "kernels.fused",
         "kernels.fused_linear",
         "kernels.fused_sampling",
         "kernels.launch",
+        "kernels.nvrtc",
         "kernels.paged_decode",
         "kernels.reference",
         "kernels.tiles",
@@ -108,7 +110,7 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     "top": {"captures", "common", "host", "device", "step", "engine", "jobs", "top"},
 }
 # Seconds to import, or needed on the device side alone.
-SLOW = {"torch", "transformers", "triton", "flash_attn", "safetensors", "tokenizers"}
+SLOW = {"torch", "transformers", "triton", "flash_attn", "cuda", "safetensors", "tokenizers"}
 
 
 def paths() -> dict[str, Path]:
@@ -299,6 +301,7 @@ def test_environment_is_read_in_cli_only(module: str) -> None:
 STEP_MODULES = (
     "attention.flash",
     "attention.flash4",
+    "kernels.decode_chain",
     "kernels.fused",
     "kernels.fused_sampling",
     "layers",

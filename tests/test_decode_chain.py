@@ -241,7 +241,7 @@ def test_captured_chain_gives_the_same_each_time() -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        qs, hidden = case.run(chain)
+        _, hidden = case.run(chain)
     for _ in range(200):
         hidden.zero_()
         graph.replay()

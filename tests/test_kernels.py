@@ -11,6 +11,7 @@ import copy
 import inspect
 import sys
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -251,15 +252,22 @@ def test_cublas_has_many_rows_and_what_no_tile_divides() -> None:
     assert silu_tiles(1, 5, 64) is None
 
 
-def test_cpu_gets_the_twins_and_cuda_without_triton_an_error(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_cpu_gets_the_twins() -> None:
     assert kernels_for(torch.device("cpu")) is reference
-    monkeypatch.setitem(sys.modules, "triton", None)
-    for name in ("fused", "fused_sampling"):
+
+
+@pytest.mark.parametrize("missing", ["triton", "cuda.bindings"])
+def test_cuda_without_what_its_kernels_need_is_an_error(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("triton", "triton.language"):  # imported first; a CPU machine has none
+        monkeypatch.setitem(sys.modules, name, Mock())
+    monkeypatch.setitem(sys.modules, missing, None)
+    for name in ("fused", "fused_sampling", "decode_chain", "nvrtc"):
         monkeypatch.delitem(sys.modules, f"graphengine.kernels.{name}", raising=False)
         monkeypatch.delattr(kernels, name, raising=False)
-    with pytest.raises(BackendError, match=r"Triton cannot be imported .*pip install") as error:
+    message = rf"Triton or cuda-bindings cannot be imported \(.*{missing}.*\); .*pip install"
+    with pytest.raises(BackendError, match=message) as error:
         kernels_for(CUDA)
     assert "\n" not in str(error.value)
 

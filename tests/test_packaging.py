@@ -84,8 +84,12 @@ def test_packages_and_their_data_are_listed() -> None:
             if any(name.endswith(".py") for name in files):
                 assert "__init__.py" in files, f"{directory} would not be installed"
         assert f"{package}*" in patterns
+    data = set()
     for pattern in setuptools["package-data"]["graphengine"]:
-        assert list((ROOT / "graphengine").glob(pattern)), pattern
+        found = set((ROOT / "graphengine").glob(pattern))
+        assert found, pattern
+        data |= found
+    assert set((ROOT / "graphengine").rglob("*.cu")) <= data
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

@@ -75,9 +75,9 @@ class Kernels(Protocol):
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """The kernels for `device`. Raises BackendError on CUDA without Triton: falling back to the
-    plain twins there would be slow without saying so."""
-    # Imported here: a CPU machine has no Triton, a CUDA one need not load what it never calls.
+    """The kernels for `device`. Raises BackendError on CUDA without Triton or cuda-bindings:
+    falling back to the plain twins there would be slow without saying so."""
+    # Imported here: a CPU machine has neither, a CUDA one need not load what it never calls.
     if device.type != "cuda":
         from graphengine.kernels import reference
 
@@ -86,7 +86,7 @@ def kernels_for(device: torch.device) -> Kernels:
         from graphengine.kernels import fused
     except ImportError as error:
         raise BackendError(
-            f"device is {device} and Triton cannot be imported ({error}); "
-            'install it with pip install "graphengine[cuda]" or run with --device cpu'
+            f"device is {device} and Triton or cuda-bindings cannot be imported ({error}); "
+            'install both with pip install "graphengine[cuda]" or run with --device cpu'
         ) from error
     return fused

@@ -57,9 +57,28 @@ class _TensorMap(ctypes.Structure):
 
 
 _POINTERS = (
-    "partials squares counters residual normed activated unscaled hidden q post_norm next_norm "
-    "qkv_bias q_norm k_norm k_cache v_cache slots positions cos_sin token_ids embedding"
-).split()
+    "partials",
+    "squares",
+    "counters",
+    "residual",
+    "normed",
+    "activated",
+    "unscaled",
+    "hidden",
+    "q",
+    "post_norm",
+    "next_norm",
+    "qkv_bias",
+    "q_norm",
+    "k_norm",
+    "k_cache",
+    "v_cache",
+    "slots",
+    "positions",
+    "cos_sin",
+    "token_ids",
+    "embedding",
+)
 _STRIDES = ("k_block_stride", "k_slot_stride", "v_block_stride", "v_slot_stride")
 _INTS = ("num_rows", "block_size", "first_phase", "last_phase", "is_first", "is_last")
 

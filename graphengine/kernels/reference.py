@@ -6,10 +6,15 @@ V vocab, M stop ids a row, P table positions.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from graphengine.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from graphengine.kernels.decode_chain import DecodeChain
 
 # A temperature below this is greedy: logits / temperature would drown the noise, then overflow.
 MIN_TEMPERATURE = 1e-6
@@ -92,9 +97,17 @@ def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (torch.nn.functional.silu(gate) * up).to(x.dtype)
 
 
-def decode_chain(config: ModelConfig, **_: object) -> None:
+def decode_chain(
+    config: ModelConfig,
+    *,
+    cos_sin: Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> DecodeChain | None:
     """What runs all between two attentions of a decode step at once, for the models and devices
-    that have it (`kernels.decode_chain.DecodeChain`); None: the functions above, one by one."""
+    that have it; None: the functions above, one by one. cos_sin: float32 [P, D]."""
+    return None
 
 
 def sample(
