@@ -7,6 +7,10 @@ of the whole model's logits). Between two numbers of rows nothing may differ.
 
 from __future__ import annotations
 
+import ctypes
+import re
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -17,7 +21,15 @@ from graphengine.kernels import reference
 from graphengine.layers import rope_table
 from graphengine.model_config import ModelConfig, RopeConfig
 
+if sys.platform != "linux":
+    pytest.skip("cuda-bindings is for Linux here, as in torch", allow_module_level=True)
+
+from graphengine.kernels import decode_chain, nvrtc  # after the skip: imports cuda-bindings
+from graphengine.kernels.decode_chain import DecodeChain
+
 CUDA = torch.device("cuda")
+# Multiprocessors of an H100 SXM or an H200.
+NUM_BLOCKS_OF_GRID = 132
 BLOCK_SIZE = 256
 NUM_BLOCKS = 3
 LENGTH = 512
@@ -133,20 +145,18 @@ class Case:
 
     def chain(self) -> tuple[list[Tensor], Tensor]:
         """Of each layer q, [N, H, D], and the last hidden states, by the chain."""
-        from graphengine.kernels.decode_chain import DecodeChain
-
         assert DecodeChain.takes(self.config, dtype=torch.bfloat16, device=CUDA)
         chain = DecodeChain(self.config, cos_sin=self.cos_sin, block_size=BLOCK_SIZE, device=CUDA)
         return self.run(chain)
 
-    def run(self, chain: object) -> tuple[list[Tensor], Tensor]:
+    def run(self, chain: DecodeChain) -> tuple[list[Tensor], Tensor]:
         layers, kv = self.layers, self.kv
-        q = chain.begin(  # type: ignore[attr-defined]
+        q = chain.begin(
             self.token_ids, self.positions, self.embedding, layers[0], *kv[0], self.slots
         )
         qs = [q.clone()]
         for index in range(len(layers) - 1):
-            q = chain.between(  # type: ignore[attr-defined]
+            q = chain.between(
                 index,
                 attended(q),
                 self.positions,
@@ -156,7 +166,7 @@ class Case:
                 self.slots,
             )
             qs.append(q.clone())
-        return qs, chain.end(attended(q), layers[-1], self.norm)  # type: ignore[attr-defined]
+        return qs, chain.end(attended(q), layers[-1], self.norm)
 
     def reference(self) -> tuple[list[Tensor], Tensor, Tensor]:
         """The same in float32 by the plain twins, and the cache."""
@@ -201,6 +211,138 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return float((ours.float() - exact).norm() / exact.norm())
 
 
+def takes(model: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> bool:
+    return DecodeChain.takes(model, dtype=dtype, device=CUDA, num_blocks=NUM_BLOCKS_OF_GRID)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_chain_takes_models_in_bfloat16_only_and_on_hopper_only(name: str) -> None:
+    assert takes(CONFIGS[name])
+    assert not takes(CONFIGS[name], torch.float16)
+    assert not takes(CONFIGS[name], torch.float32)
+    cpu = torch.device("cpu")
+    assert not DecodeChain.takes(CONFIGS[name], dtype=torch.bfloat16, device=cpu)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"o_bias": True},
+        {"mlp_bias": True},
+        {"head_dim": 80},
+        {"head_dim": 256},
+        {"hidden_size": 1024 + 64},  # 8.5 tiles
+        {"intermediate_size": 3072 + 32},  # gate and up: 48.5 tiles
+        {"num_heads": 15, "head_dim": 64, "num_kv_heads": 5},  # q, k and v: 12.5 tiles
+        {"hidden_size": 512},  # o_proj: 4 tiles of 32 units, for 132 blocks
+    ],
+)
+def test_chain_refuses_what_its_kernel_cannot_cut(changes: dict[str, object]) -> None:
+    assert not takes(config(**changes))
+
+
+def test_chain_takes_a_model_whose_units_are_just_enough() -> None:
+    few = config(hidden_size=512)
+    for num_blocks, is_taken in ((128, True), (129, False)):
+        given = {"dtype": torch.bfloat16, "device": CUDA, "num_blocks": num_blocks}
+        assert DecodeChain.takes(few, **given) == is_taken  # type: ignore[arg-type]
+
+
+# What ptxas says of products that it lets wait for each other: C7510 to C7515 and C7517 to C7519.
+SERIALIZED = r"\(C75\d\d\)|wgmma.mma_async instructions are serialized"
+
+
+def compile_chain(model: ModelConfig, num_rows: int, added: str = "") -> str:
+    """The compiler's log of decode_chain.cu with `added` at its end."""
+    source = decode_chain.SOURCE.read_text("utf-8") + added
+    defines = decode_chain.defines_for(model, num_rows=num_rows, num_blocks=NUM_BLOCKS_OF_GRID)
+    options = nvrtc.options_for(decode_chain.ARCHITECTURE, defines)
+    _, log = nvrtc.compile_source(source, "decode_chain.cu", [*options, "--ptxas-options=-v"])
+    return log
+
+
+# Half a second or more each: every number of rows, and the most registers of every model.
+@pytest.mark.parametrize(
+    ("name", "num_rows"),
+    [
+        ("qwen3-0.6b", 8),
+        ("qwen3-0.6b", 64),
+        ("llama-8b", 16),
+        ("llama-8b", 64),
+        ("qwen2-bias-d64", 32),
+        ("qwen2-bias-d64", 64),
+    ],
+)
+def test_kernel_compiles_without_spills_and_with_products_in_flight(
+    name: str, num_rows: int
+) -> None:
+    log = compile_chain(CONFIGS[name], num_rows)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    assert spills == ["0", "0"], log
+    assert not re.search(SERIALIZED, log), log
+
+
+def test_ptxas_tells_of_products_in_turn() -> None:
+    """The log that the test above reads does hold the warning where it is due."""
+    added = """
+        extern "C" __global__ void in_turn(float* out, u64 w, u64 x) {
+            float sums[NR / 2] = {};
+            for (int i = 0; i < 9; i++) {
+                multiply_begin();
+                multiply(sums, w + i, x);
+                multiply_commit();
+                sums[0] *= 2;  // while it is being added to
+                multiply_wait(sums);
+            }
+            out[0] = sums[0];
+        }"""
+    log = compile_chain(CONFIGS["qwen3-0.6b"], 8, added)
+    assert re.search(SERIALIZED, log), log
+
+
+def layout_claims() -> Iterator[str]:
+    for name, _ in decode_chain.Params._fields_:
+        offset = getattr(decode_chain.Params, name).offset
+        # As offsetof is defined for NVRTC's front end, which ships no stddef.h.
+        yield f"__INTADDR__(&((Params*)0)->{name}) == {offset}"
+    size = -(-ctypes.sizeof(decode_chain.Params) // 64) * 64
+    yield f"sizeof(Params) == {size}"
+
+
+def cut_claims(most: int) -> Iterator[str]:
+    """most: the partial sums of the product that has the most."""
+    places = [f"Cut<{phase}>::TILES * Cut<{phase}>::MAX_PARTS * SLOT" for phase in PHASES]
+    yield from (f"{place} <= {most}" for place in places)
+    yield " || ".join(f"{place} == {most}" for place in places)
+    yield from (f"owners_are_right<{phase}>()" for phase in PHASES)
+
+
+PHASES = ("O_PROJ", "GATE_UP", "DOWN", "QKV")
+OWNERS_ARE_RIGHT = """
+template <int PHASE>
+constexpr __device__ bool owners_are_right() {
+    using cut = Cut<PHASE>;
+    if (cut::begin(0) != 0 || cut::begin(GRID) != cut::UNITS) return false;
+    for (int block = 0; block < GRID; block++)
+        for (int unit = cut::begin(block); unit < cut::begin(block + 1); unit++)
+            if (cut::owner(unit) != block) return false;
+    return true;
+}"""
+
+
+@pytest.mark.parametrize("num_blocks", [78, 114, NUM_BLOCKS_OF_GRID])  # H20, H100 PCIe, H100 SXM
+@pytest.mark.parametrize("name", CONFIGS)
+def test_host_and_kernel_agree_on_the_params_and_the_cut(name: str, num_blocks: int) -> None:
+    model = CONFIGS[name]
+    head, found, _ = decode_chain.SOURCE.read_text("utf-8").partition("// --- instructions")
+    assert found
+    claims = [*layout_claims(), *cut_claims(decode_chain.num_partials(model, num_blocks))]
+    asserts = "".join(f'\nstatic_assert({claim}, "");' for claim in claims)
+    defines = decode_chain.defines_for(model, num_rows=decode_chain.MAX_ROWS, num_blocks=num_blocks)
+    options = nvrtc.options_for(decode_chain.ARCHITECTURE, defines)
+    nvrtc.compile_source(head + OWNERS_ARE_RIGHT + asserts, "claims.cu", options)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_rows", ROWS)
 @pytest.mark.parametrize("name", CONFIGS)
@@ -233,8 +375,6 @@ def test_a_row_does_not_depend_on_how_many_there_are(name: str) -> None:
 
 @pytest.mark.gpu
 def test_captured_chain_gives_the_same_each_time() -> None:
-    from graphengine.kernels.decode_chain import DecodeChain
-
     case = Case(CONFIGS["qwen3-0.6b"], 33)
     chain = DecodeChain(case.config, cos_sin=case.cos_sin, block_size=BLOCK_SIZE, device=CUDA)
     _, first = case.run(chain)
@@ -252,8 +392,6 @@ def test_captured_chain_gives_the_same_each_time() -> None:
 @pytest.mark.gpu
 def test_one_chain_serves_any_numbers_of_rows_in_any_order() -> None:
     """The places of partial sums lie elsewhere for each number of rows: none may be left over."""
-    from graphengine.kernels.decode_chain import DecodeChain
-
     cases = {n: Case(CONFIGS["qwen3-0.6b"], n) for n in (64, 1, 33, 12, 8, 64, 5, 32, 2)}
     case = cases[64]
     chain = DecodeChain(case.config, cos_sin=case.cos_sin, block_size=BLOCK_SIZE, device=CUDA)

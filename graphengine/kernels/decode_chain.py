@@ -22,9 +22,9 @@ from graphengine.kernels.nvrtc import Kernel, checked, compiled
 from graphengine.model_config import ModelConfig
 
 MAX_ROWS = 64
-_ROWS = (8, 16, 32, 64)  # a kernel each
-_SOURCE = Path(__file__).with_name("decode_chain.cu")
-_ARCHITECTURE = "sm_90a"
+ROWS = (8, 16, 32, 64)  # a kernel each
+SOURCE = Path(__file__).with_name("decode_chain.cu")
+ARCHITECTURE = "sm_90a"
 _CAPABILITY = (9, 0)  # wgmma is Hopper's alone
 _NUM_THREADS = 320
 # As in decode_chain.cu.
@@ -83,7 +83,7 @@ _STRIDES = ("k_block_stride", "k_slot_stride", "v_block_stride", "v_slot_stride"
 _INTS = ("num_rows", "block_size", "first_phase", "last_phase", "is_first", "is_last")
 
 
-class _Params(ctypes.Structure):
+class Params(ctypes.Structure):
     """`Params` of decode_chain.cu, field by field."""
 
     _fields_ = (
@@ -126,9 +126,8 @@ class DecodeChain:
         def buffer(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self._partials = torch.full(
-            (self._num_partials(),), _EMPTY, dtype=torch.int32, device=device
-        )
+        partials = (num_partials(config, self._num_blocks),)
+        self._partials = torch.full(partials, _EMPTY, dtype=torch.int32, device=device)
         self._squares = buffer(MAX_ROWS, e // _TILE_F, dtype=torch.float32)
         self._counters = buffer(config.num_layers + 1, _COUNTERS, dtype=torch.int32)
         self._residual = buffer(MAX_ROWS, e)
@@ -222,9 +221,9 @@ class DecodeChain:
         self._launch(params, early=True)
         return hidden
 
-    def _params(self, launch: int, num_rows: int) -> _Params:
+    def _params(self, launch: int, num_rows: int) -> Params:
         """What all launches of a step share. launch: its place among them."""
-        params = _Params()
+        params = Params()
         params.partials = self._partials.data_ptr()
         params.squares = self._squares.data_ptr()
         params.counters = self._counters[launch].data_ptr()
@@ -240,7 +239,7 @@ class DecodeChain:
         params.block_size = self._block_size
         return params
 
-    def _take_attended(self, params: _Params, attended: Tensor, layer: LayerWeights) -> None:
+    def _take_attended(self, params: Params, attended: Tensor, layer: LayerWeights) -> None:
         # Not kept: attention's output lies wherever the allocator has put it.
         params.attended = _tensor_map(attended.flatten(1), _padded(attended.shape[0]))
         params.post_norm = layer.post_norm.data_ptr()
@@ -250,7 +249,7 @@ class DecodeChain:
 
     def _give_q(
         self,
-        params: _Params,
+        params: Params,
         layer: LayerWeights,
         positions: Tensor,
         k_cache: Tensor,
@@ -269,7 +268,7 @@ class DecodeChain:
         num_rows = positions.shape[0]
         return self._q[:num_rows].view(num_rows, self._config.num_heads, self._config.head_dim)
 
-    def _launch(self, params: _Params, *, early: bool) -> None:
+    def _launch(self, params: Params, *, early: bool) -> None:
         # The kernel's struct is aligned to 64 bytes, so its size is a multiple of that.
         padded = ctypes.create_string_buffer(-(-ctypes.sizeof(params) // 64) * 64)
         ctypes.memmove(padded, ctypes.addressof(params), ctypes.sizeof(params))
@@ -290,39 +289,44 @@ class DecodeChain:
         return self._input_maps[key]
 
     def _make_kernels(self) -> dict[int, Kernel]:
-        config = self._config
-        defines = {
-            "GRID": self._num_blocks,
-            "HIDDEN": config.hidden_size,
-            "INTER": config.intermediate_size,
-            "HEADS": config.num_heads,
-            "KV_HEADS": config.num_kv_heads,
-            "HEAD_DIM": config.head_dim,
-        }
-
         def compile(rows: int) -> bytes:
-            return compiled(_SOURCE, architecture=_ARCHITECTURE, defines={**defines, "NR": rows})
+            defines = defines_for(self._config, num_rows=rows, num_blocks=self._num_blocks)
+            return compiled(SOURCE, architecture=ARCHITECTURE, defines=defines)
 
-        with ThreadPoolExecutor(len(_ROWS)) as pool:
-            cubins = list(pool.map(compile, _ROWS))
+        with ThreadPoolExecutor(len(ROWS)) as pool:
+            cubins = list(pool.map(compile, ROWS))
         return {
             rows: Kernel(cubin, "decode_chain", num_threads=_NUM_THREADS)
-            for rows, cubin in zip(_ROWS, cubins, strict=True)
+            for rows, cubin in zip(ROWS, cubins, strict=True)
         }
 
-    def _num_partials(self) -> int:
-        """Floats of the partial sums of the product that has the most."""
-        most = 0
-        for features, depth in _products(self._config):
-            tiles, depth = features // _TILE_F, depth // _UNIT_C
-            units = tiles * depth
 
-            def owner(unit: int, units: int = units) -> int:
-                return ((unit + 1) * self._num_blocks - 1) // units
+def defines_for(config: ModelConfig, *, num_rows: int, num_blocks: int) -> dict[str, int]:
+    """What SOURCE is compiled with for steps of up to num_rows rows, one of ROWS."""
+    return {
+        "NR": num_rows,
+        "GRID": num_blocks,
+        "HIDDEN": config.hidden_size,
+        "INTER": config.intermediate_size,
+        "HEADS": config.num_heads,
+        "KV_HEADS": config.num_kv_heads,
+        "HEAD_DIM": config.head_dim,
+    }
 
-            parts = max(owner((t + 1) * depth - 1) - owner(t * depth) + 1 for t in range(tiles))
-            most = max(most, tiles * parts * _TILE_F * MAX_ROWS)
-        return most
+
+def num_partials(config: ModelConfig, num_blocks: int) -> int:
+    """Floats of the partial sums of the product that has the most, at MAX_ROWS rows."""
+    most = 0
+    for features, inputs in _products(config):
+        tiles, depth = features // _TILE_F, inputs // _UNIT_C
+        units = tiles * depth
+
+        def owner(unit: int, units: int = units) -> int:
+            return ((unit + 1) * num_blocks - 1) // units
+
+        parts = max(owner((t + 1) * depth - 1) - owner(t * depth) + 1 for t in range(tiles))
+        most = max(most, tiles * parts * _TILE_F * MAX_ROWS)
+    return most
 
 
 def _products(config: ModelConfig) -> tuple[tuple[int, int], ...]:
@@ -334,7 +338,7 @@ def _products(config: ModelConfig) -> tuple[tuple[int, int], ...]:
 
 
 def _padded(num_rows: int) -> int:
-    return next(rows for rows in _ROWS if rows >= num_rows)
+    return next(rows for rows in ROWS if rows >= num_rows)
 
 
 def _tensor_map(matrix: Tensor, box_rows: int) -> _TensorMap:

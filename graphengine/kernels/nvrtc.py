@@ -67,14 +67,13 @@ def compiled(path: Path, *, architecture: str, defines: Mapping[str, int]) -> by
     """The cubin of a CUDA C++ file for `architecture`, such as "sm_90a". Raises CompileError with
     the compiler's log. Can run in several threads at once."""
     source = path.read_text("utf-8")
-    options = [f"--gpu-architecture={architecture}", "--std=c++17"]
-    options += [f"-D{name}={value}" for name, value in defines.items()]
+    options = options_for(architecture, defines)
     version = checked(nvrtc.nvrtcVersion())
     key = hashlib.sha256("\0".join((source, *options, str(version))).encode()).hexdigest()
     cached = _CACHE / f"{path.stem}-{key[:32]}.cubin"
     with contextlib.suppress(OSError):
         return cached.read_bytes()
-    cubin = _compile(source, path.name, options)
+    cubin, _ = compile_source(source, path.name, options)
     # Without a cache every start compiles: slower, and nothing is lost.
     with contextlib.suppress(OSError):
         _CACHE.mkdir(parents=True, exist_ok=True)
@@ -84,17 +83,24 @@ def compiled(path: Path, *, architecture: str, defines: Mapping[str, int]) -> by
     return cubin
 
 
-def _compile(source: str, name: str, options: list[str]) -> bytes:
+def options_for(architecture: str, defines: Mapping[str, int]) -> list[str]:
+    options = [f"--gpu-architecture={architecture}", "--std=c++17"]
+    return options + [f"-D{name}={value}" for name, value in defines.items()]
+
+
+def compile_source(source: str, name: str, options: list[str]) -> tuple[bytes, str]:
+    """The cubin and what the compiler said of it. Needs no GPU. Raises as `compiled` does."""
     program = checked(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], []))
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+    log_bytes = bytes(checked(nvrtc.nvrtcGetProgramLogSize(program)))
+    checked(nvrtc.nvrtcGetProgramLog(program, log_bytes))
+    log = log_bytes.rstrip(b"\0").decode(errors="replace")
     if int(result) != 0:
-        log = bytes(checked(nvrtc.nvrtcGetProgramLogSize(program)))
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise CompileError(f"{name} does not compile: {log.decode(errors='replace')}")
+        raise CompileError(f"{name} does not compile: {log}")
     cubin = bytes(checked(nvrtc.nvrtcGetCUBINSize(program)))
     checked(nvrtc.nvrtcGetCUBIN(program, cubin))
-    nvrtc.nvrtcDestroyProgram(program)
-    return cubin
+    checked(nvrtc.nvrtcDestroyProgram(program))
+    return cubin, log
 
 
 @functools.cache

@@ -1,0 +1,69 @@
+"""Does CUDA C++ become a cubin once, and again when something of it changes?"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("cuda-bindings is for Linux here, as in torch", allow_module_level=True)
+
+from graphengine.kernels import nvrtc  # after the skip: imports cuda-bindings
+
+SOURCE = 'extern "C" __global__ void fill(int* out) { out[threadIdx.x] = VALUE; }'
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(nvrtc, "_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "fill.cu"
+    path.write_text(SOURCE)
+    return path
+
+
+def compiled(path: Path, value: int = 1, architecture: str = "sm_90a") -> bytes:
+    return nvrtc.compiled(path, architecture=architecture, defines={"VALUE": value})
+
+
+def test_kernel_is_compiled_once(cache: Path, source: Path) -> None:
+    cubin = compiled(source)
+    assert cubin.startswith(b"\x7fELF")
+    (file,) = cache.iterdir()
+    assert file.read_bytes() == cubin
+    file.write_bytes(b"kept")
+    assert compiled(source) == b"kept"
+
+
+def test_changed_source_or_option_is_compiled_anew(cache: Path, source: Path) -> None:
+    cubins = {compiled(source), compiled(source, value=2), compiled(source, architecture="sm_80")}
+    source.write_text(SOURCE.replace("= VALUE", "+= VALUE"))
+    cubins.add(compiled(source))
+    assert len(cubins) == len(list(cache.iterdir())) == 4
+
+
+def test_another_compiler_compiles_anew(
+    cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled(source)
+    monkeypatch.setattr(nvrtc.nvrtc, "nvrtcVersion", lambda: (0, 99, 0))
+    compiled(source)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_cache_that_cannot_be_written_costs_time_only(cache: Path, source: Path) -> None:
+    cache.write_text("a file where the folder should be")
+    assert compiled(source).startswith(b"\x7fELF")
+
+
+def test_source_that_does_not_compile_tells_the_line(cache: Path, source: Path) -> None:
+    source.write_text("\n__device__ int x = nothing;")
+    with pytest.raises(nvrtc.CompileError, match=r'fill.cu\(2\): error: .*"nothing"'):
+        compiled(source)
+    assert not cache.exists()
