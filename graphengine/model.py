@@ -38,6 +38,7 @@ class DecoderModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.attention = attention
         self._kernels = kernels
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = empty_parameter(shape, dtype=dtype, device=device)

@@ -137,7 +137,13 @@ class ModelRunner:
         """Runs a ragged prefill; out: int64 [S] gets one token for each sequence."""
         n = len(batch.rows)
         with torch.inference_mode():
-            metadata = prefill_metadata(tokens, sequences, batch, block_size=self._kv.block_size)
+            metadata = prefill_metadata(
+                tokens,
+                sequences,
+                batch,
+                block_size=self._kv.block_size,
+                with_key_slots=self._model.attention.reads_key_slots,
+            )
             hidden = self._model(tokens["input_ids"], tokens["positions"], self._kv, metadata)
             rows = {name: view[:n] for name, view in sequences.items()}
             self._sample(

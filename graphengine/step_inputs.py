@@ -159,12 +159,14 @@ def prefill_metadata(
     batch: PrefillBatch,
     *,
     block_size: int,
+    with_key_slots: bool,
 ) -> PrefillMetadata:
+    """with_key_slots: see AttentionBackend.reads_key_slots."""
     n = len(batch.rows)
     has_context = bool(batch.starts.any())
     block_tables = sequences["block_tables"][:n]
     key_slots = None
-    if has_context:
+    if has_context and with_key_slots:
         key_slots = _key_slots(
             block_tables, sequences["cu_seqlens_k"], int(batch.ends.sum()), block_size=block_size
         )

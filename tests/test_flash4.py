@@ -18,7 +18,9 @@ import torch
 from paged import CPU, HEAD_DIM, Cache, borders, random_queries, skip_without_flash4
 from torch import Tensor
 
+from graphengine import LLM, SamplingParams
 from graphengine.attention import PrefillMetadata, flash4, make_attention
+from graphengine.attention.flash import FlashAttention
 from graphengine.attention.flash4 import FlashAttention4
 from graphengine.attention.reference import ReferenceAttention
 from graphengine.config import EngineConfig
@@ -241,6 +243,7 @@ def test_key_slots_are_where_the_block_tables_say() -> None:
             },
             batch,
             block_size=block_size,
+            with_key_slots=True,
         )
         expected = [
             table[position // block_size] * block_size + position % block_size
@@ -253,6 +256,31 @@ def test_key_slots_are_where_the_block_tables_say() -> None:
             assert metadata.key_slots.tolist() == expected
         else:
             assert metadata.key_slots is None
+
+
+@pytest.mark.parametrize("is_read", [False, True])
+def test_key_slots_are_made_only_for_attention_that_reads_them(
+    is_read: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    prefill = ReferenceAttention.prefill
+
+    def record(self: ReferenceAttention, *args: Any, **kwargs: Any) -> Tensor:
+        metadata = args[5]
+        if metadata.has_context:
+            made.append(metadata.key_slots is not None)
+        return prefill(self, *args, **kwargs)
+
+    monkeypatch.setattr(ReferenceAttention, "prefill", record)
+    monkeypatch.setattr(ReferenceAttention, "reads_key_slots", is_read)
+    with LLM("demo", max_num_batched_tokens=4, device="cpu") as llm:
+        llm.generate(["346+354="], SamplingParams(temperature=0.0, max_tokens=1))
+    assert set(made) == {is_read}
+
+
+def test_only_flash4_reads_key_slots() -> None:
+    backends = (FlashAttention4, FlashAttention, ReferenceAttention)
+    assert [backend.reads_key_slots for backend in backends] == [True, False, False]
 
 
 @pytest.mark.usefixtures("flash_calls")

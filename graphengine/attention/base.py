@@ -35,7 +35,8 @@ class PrefillMetadata:
     cu_seqlens_k: int32 [S+1], the same with each sequence's earlier chunks included.
     block_tables: int32 [S, W]. max_seqlen_q, max_seqlen_k: the longest of each.
     has_context: some sequence has keys in the cache from an earlier chunk.
-    key_slots: with context int64 [T], the slot of each sequence's every key, as cu_seqlens_k says.
+    key_slots: with context, for a backend that reads_key_slots, int64 [T]: the slot of each
+    sequence's every key, as cu_seqlens_k says.
     """
 
     slot_mapping: Tensor
@@ -53,10 +54,13 @@ class AttentionBackend(Protocol):
 
     k_cache and v_cache are [num_blocks, block_size, K, D] and hold the step's own keys and values
     already. The softmax scale is D ** -0.5. With `window` w a query sees itself and the w - 1
-    tokens before it; None sees all."""
+    tokens before it; None sees all.
+
+    reads_key_slots: prefill reads PrefillMetadata.key_slots, so it must be made."""
 
     name: str
     default_block_size: int
+    reads_key_slots: bool
 
     def check(
         self, *, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device

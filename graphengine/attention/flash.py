@@ -39,6 +39,7 @@ class FlashAttention:
 
     name = "flash"
     default_block_size = _BLOCK_MULTIPLE
+    reads_key_slots = False
 
     def __init__(self) -> None:
         """Raises BackendError if flash-attn cannot be imported."""
