@@ -13,7 +13,7 @@ import functools
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,37 +43,37 @@ class Kernel:
         checked(driver.cuFuncSetAttribute(self._function, attribute, size.value))
 
     def launch(
-        self, params: ctypes.Array[ctypes.c_char], *, num_blocks: int, stream: int, early: bool
+        self, params: ctypes.Array[ctypes.c_char], *, num_blocks: int, stream: int
     ) -> None:
-        """params: the kernel's only argument, read before this returns. early: it may start before
-        the kernel ahead of it in the stream has ended; it then waits itself."""
+        """params: the kernel's only argument, read before this returns."""
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = num_blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = self._num_threads, 1, 1
         config.sharedMemBytes = self._shared_bytes
         config.hStream = stream
-        if early:
-            ids = driver.CUlaunchAttributeID
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs = [attribute]
-            config.numAttrs = 1
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
 
 
-def compiled(path: Path, *, architecture: str, defines: Mapping[str, int]) -> bytes:
-    """The cubin of a CUDA C++ file for `architecture`, such as "sm_90a". Raises CompileError with
-    the compiler's log. Can run in several threads at once."""
+def compiled(
+    path: Path,
+    headers: Sequence[Path] = (),
+    *,
+    architecture: str,
+    defines: Mapping[str, int],
+) -> bytes:
+    """The cubin of a CUDA C++ file for `architecture`, such as "sm_90a". headers: what it includes,
+    by their names. Raises CompileError with the compiler's log. Can run in several threads at
+    once."""
     source = path.read_text("utf-8")
+    included = {header.name: header.read_text("utf-8") for header in headers}
     options = options_for(architecture, defines)
     version = checked(nvrtc.nvrtcVersion())
-    key = hashlib.sha256("\0".join((source, *options, str(version))).encode()).hexdigest()
+    key = hashlib.sha256("\0".join((source, *included.values(), *options, str(version))).encode()).hexdigest()
     cached = _CACHE / f"{path.stem}-{key[:32]}.cubin"
     with contextlib.suppress(OSError):
         return cached.read_bytes()
-    cubin, _ = compile_source(source, path.name, options)
+    cubin, _ = compile_source(source, path.name, options, included)
     # Without a cache every start compiles: slower, and nothing is lost.
     with contextlib.suppress(OSError):
         _CACHE.mkdir(parents=True, exist_ok=True)
@@ -88,9 +88,16 @@ def options_for(architecture: str, defines: Mapping[str, int]) -> list[str]:
     return options + [f"-D{name}={value}" for name, value in defines.items()]
 
 
-def compile_source(source: str, name: str, options: list[str]) -> tuple[bytes, str]:
-    """The cubin and what the compiler said of it. Needs no GPU. Raises as `compiled` does."""
-    program = checked(nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], []))
+def compile_source(
+    source: str, name: str, options: list[str], included: Mapping[str, str]
+) -> tuple[bytes, str]:
+    """The cubin and what the compiler said of it. included: headers by name. Needs no GPU. Raises
+    as `compiled` does."""
+    texts = [text.encode() for text in included.values()]
+    names = [header.encode() for header in included]
+    program = checked(
+        nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), len(texts), texts, names)
+    )
     (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     log_bytes = bytes(checked(nvrtc.nvrtcGetProgramLogSize(program)))
     checked(nvrtc.nvrtcGetProgramLog(program, log_bytes))

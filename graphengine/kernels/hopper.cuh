@@ -1,0 +1,266 @@
+// What a Hopper GPU can do that CUDA C++ has no word for: a function an instruction, or close to it.
+// PTX ISA 8: mbarrier, cp.async.bulk.tensor, wgmma, fence.proxy, and memory consistency. The tests
+// have another header of the same functions, which runs the kernel on a CPU.
+//
+// NR is set when compiled: the columns of `multiply`. Consumers are 256 threads, two warpgroups.
+
+#pragma once
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef unsigned short bf16;
+
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+
+#define SHARED_MEMORY(name) extern __shared__ char name[]
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return (u32)__cvta_generic_to_shared(pointer);
+}
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                 "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
+    u32 done;
+    do {
+        asm volatile(
+            "{\n.reg .pred p;\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;\n}"
+            : "=r"(done)
+            : "r"(barrier), "r"(parity)
+            : "memory");
+    } while (!done);
+}
+
+// A box of 64 elements of the inner dimension from column `c` of row `r` on.
+__device__ __forceinline__ void load_box(
+    u32 to, const TensorMap* map, int c, int r, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+        "l"(map), "r"(c), "r"(r), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+__device__ __forceinline__ u64 policy_evict_first() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+__device__ __forceinline__ u64 policy_evict_last() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// Rows of 128 bytes, 8 of them 1,024 bytes apart from the next 8, 128-byte swizzle.
+__device__ __forceinline__ u64 descriptor(u32 address) {
+    return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+#if NR == 8
+#define ACCUMULATORS "{%0, %1, %2, %3}"
+#define OPERANDS(a) "+f"(a[0]), "+f"(a[1]), "+f"(a[2]), "+f"(a[3])
+#define INPUTS "%4, %5"
+#define SHAPE "m64n8k16"
+#elif NR == 16
+#define ACCUMULATORS "{%0, %1, %2, %3, %4, %5, %6, %7}"
+#define OPERANDS(a) \
+    "+f"(a[0]), "+f"(a[1]), "+f"(a[2]), "+f"(a[3]), "+f"(a[4]), "+f"(a[5]), "+f"(a[6]), "+f"(a[7])
+#define INPUTS "%8, %9"
+#define SHAPE "m64n16k16"
+#elif NR == 32
+#define ACCUMULATORS \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
+#define OPERANDS(a) \
+    "+f"(a[0]), "+f"(a[1]), "+f"(a[2]), "+f"(a[3]), "+f"(a[4]), "+f"(a[5]), "+f"(a[6]), \
+    "+f"(a[7]), "+f"(a[8]), "+f"(a[9]), "+f"(a[10]), "+f"(a[11]), "+f"(a[12]), "+f"(a[13]), \
+    "+f"(a[14]), "+f"(a[15])
+#define INPUTS "%16, %17"
+#define SHAPE "m64n32k16"
+#elif NR == 64
+#define ACCUMULATORS \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+    "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define OPERANDS(a) \
+    "+f"(a[0]), "+f"(a[1]), "+f"(a[2]), "+f"(a[3]), "+f"(a[4]), "+f"(a[5]), "+f"(a[6]), \
+    "+f"(a[7]), "+f"(a[8]), "+f"(a[9]), "+f"(a[10]), "+f"(a[11]), "+f"(a[12]), "+f"(a[13]), \
+    "+f"(a[14]), "+f"(a[15]), "+f"(a[16]), "+f"(a[17]), "+f"(a[18]), "+f"(a[19]), "+f"(a[20]), \
+    "+f"(a[21]), "+f"(a[22]), "+f"(a[23]), "+f"(a[24]), "+f"(a[25]), "+f"(a[26]), "+f"(a[27]), \
+    "+f"(a[28]), "+f"(a[29]), "+f"(a[30]), "+f"(a[31])
+#define INPUTS "%32, %33"
+#define SHAPE "m64n64k16"
+#endif
+
+// sums += 64 features by 16 of C, times 16 of C by NR rows.
+__device__ __forceinline__ void multiply(float (&sums)[NR / 2], u64 w, u64 x) {
+    asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32.bf16.bf16 " ACCUMULATORS ", " INPUTS
+                 ", 1, 1, 1, 0, 0;"
+                 : OPERANDS(sums)
+                 : "l"(w), "l"(x));
+}
+
+// sums += 64 rows by 16, times 16 by 8 columns. IS_ACROSS: memory goes along the rows of the first.
+template <int IS_ACROSS>
+__device__ __forceinline__ void multiply_by_8(float (&sums)[4], u64 a, u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, "
+                 "1, 1, 1, %6, 0;"
+                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+                 : "l"(a), "l"(b), "n"(IS_ACROSS));
+}
+
+__device__ __forceinline__ void multiply_wait_8(float (&a)[4]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;"
+                 : "+f"(a[0]), "+f"(a[1]), "+f"(a[2]), "+f"(a[3])::"memory");
+}
+
+__device__ __forceinline__ void multiply_begin() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void multiply_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void multiply_wait_but_last() {
+    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+}
+
+// The sums are operands, so that nothing reads them earlier.
+__device__ __forceinline__ void multiply_wait(float (&sums)[NR / 2]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : OPERANDS(sums)::"memory");
+}
+
+__device__ __forceinline__ void consumers_meet() {
+    asm volatile("bar.sync 1, 256;" ::: "memory");
+}
+
+__device__ __forceinline__ void group_meets(int group) {
+    asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
+}
+
+// What this thread has written to shared memory can be read by wgmma.
+__device__ __forceinline__ void publish_to_tensor_cores() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// What this thread has written by ordinary stores can be read by the copy engine.
+__device__ __forceinline__ void publish_to_copy_engine() {
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+__device__ __forceinline__ void grid_arrive(u32* counter) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+__device__ __forceinline__ void grid_wait(const u32* counter) {
+    u32 arrived;
+    do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                     : "=r"(arrived)
+                     : "l"(counter)
+                     : "memory");
+    } while (arrived < GRID);
+}
+
+// A bit pattern that no sum has: a NaN, and not the one that arithmetic makes.
+constexpr u32 EMPTY = 0xFFFFFFFF;
+
+__device__ __forceinline__ void put_part(float* to, float sum) {
+    u32 bits = __float_as_uint(sum);
+    if (bits == EMPTY) bits = 0x7FFFFFFF;
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(bits) : "memory");
+}
+
+__device__ __forceinline__ uint4 look_at(const uint4* from) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(from)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint2 look_at(const uint2* from) {
+    uint2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "l"(from)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ uint1 look_at(const uint1* from) {
+    uint1 v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v.x) : "l"(from) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ bool is_there(uint4 v) {
+    return v.x != EMPTY && v.y != EMPTY && v.z != EMPTY && v.w != EMPTY;
+}
+__device__ __forceinline__ bool is_there(uint2 v) { return v.x != EMPTY && v.y != EMPTY; }
+__device__ __forceinline__ bool is_there(uint1 v) { return v.x != EMPTY; }
+
+__device__ __forceinline__ void clear(uint4* at) { *at = {EMPTY, EMPTY, EMPTY, EMPTY}; }
+__device__ __forceinline__ void clear(uint2* at) { *at = {EMPTY, EMPTY}; }
+__device__ __forceinline__ void clear(uint1* at) { *at = {EMPTY}; }
+
+__device__ __forceinline__ float to_float(bf16 value) { return __uint_as_float((u32)value << 16); }
+
+__device__ __forceinline__ bf16 to_bf16(float value) {
+    bf16 rounded;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
+    return rounded;
+}
+
+__device__ __forceinline__ float exp2_of(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+
+__device__ __forceinline__ void store_shared(u32 to, uint4 words) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words.x), "r"(words.y),
+                 "r"(words.z), "r"(words.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 to, bf16 value) {
+    asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(value) : "memory");
+}
+
+// The barriers that this thread has made can be used by all and by the copy engine.
+__device__ __forceinline__ void publish_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
+}
+
+// A map in memory that may have held another.
+__device__ __forceinline__ void take_map(const TensorMap* map) {
+    asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
+}
+
+// What follows from these is computed again where it is needed: kept through all phases, it would
+// take more registers than there are.
+__device__ __forceinline__ void forget(int& block, int& thread) {
+    asm volatile("" : "+r"(block), "+r"(thread));
+}
+
