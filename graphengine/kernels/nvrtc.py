@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import hashlib
 import os
 import tempfile
@@ -108,13 +107,6 @@ def compile_source(
     checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     checked(nvrtc.nvrtcDestroyProgram(program))
     return cubin, log
-
-
-@functools.cache
-def multiprocessors(device_index: int) -> int:
-    device = checked(driver.cuDeviceGet(device_index))
-    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-    return int(checked(driver.cuDeviceGetAttribute(attribute, device)))
 
 
 def checked(result: tuple[Any, ...]) -> Any:
