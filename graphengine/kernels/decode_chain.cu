@@ -987,6 +987,7 @@ __device__ __forceinline__ void attend(
             const u32 values = ring.stage, values_parity = ring.parity;
             ring.advance(W_STAGES);
             const auto release = [&](u32 stage) {
+                __syncwarp();  // all its threads have seen that the place was full
                 if (own.lane == 0) barrier_arrive(s.w_empty() + stage * 8);
             };
             barrier_wait(s.w_full() + keys * 8, keys_parity);

@@ -333,11 +333,12 @@ template <int IS_ACROSS>
 inline void multiply_by_8(float (&sums)[4], u64 a, u64 b) {
     emulator::multiply<IS_ACROSS, 8>(sums, a, b);
 }
-inline void multiply_wait_8(float (&)[4]) {}
-inline void multiply_begin() {}
-inline void multiply_commit() {}
-inline void multiply_wait_but_last() {}
-inline void multiply_wait(float (&)[NR / 2]) {}
+// These keep the threads of a warp together, as the products themselves do.
+inline void multiply_wait_8(float (&)[4]) { emulator::meet_warp(); }
+inline void multiply_begin() { emulator::meet_warp(); }
+inline void multiply_commit() { emulator::meet_warp(); }
+inline void multiply_wait_but_last() { emulator::meet_warp(); }
+inline void multiply_wait(float (&)[NR / 2]) { emulator::meet_warp(); }
 
 inline void consumers_meet() { emulator::meet(1, 256); }
 inline void group_meets(int group) { emulator::meet(2 + group, 128); }
