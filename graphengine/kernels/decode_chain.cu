@@ -182,6 +182,7 @@ struct Ring {
 };
 
 // All addresses follow from one, which is kept in a register.
+struct Chunk;
 struct Shared {
     char* base;  // 1,024-byte aligned
     u32 w;       // the same, as an address of shared memory: weights, keys and values
@@ -196,7 +197,8 @@ struct Shared {
     static constexpr u32 MAXIMA = SCALE + NR * 4;
     static constexpr u32 LENS = MAXIMA + 64 * 4;
     static constexpr u32 TILES = LENS + NR * 4;
-    static constexpr u32 END = TILES + (NR + 1) * 4;
+    static constexpr u32 FIRST_CHUNK = TILES + (NR + 1) * 4;
+    static constexpr u32 END = FIRST_CHUNK + 7 * 4;
 
     __device__ __forceinline__ u32 x() const { return w + X; }
     __device__ __forceinline__ u32 attention() const { return w + ATTENTION; }
@@ -210,6 +212,8 @@ struct Shared {
     __device__ __forceinline__ float* maxima() const { return (float*)(base + MAXIMA); }
     // [NR]: context lengths, 0 past the end.
     __device__ __forceinline__ int* lens() const { return (int*)(base + LENS); }
+    // This block's in every layer.
+    __device__ __forceinline__ Chunk* first_chunk() const { return (Chunk*)(base + FIRST_CHUNK); }
     // [NR + 1]: tiles of the rows before.
     __device__ __forceinline__ int* tiles() const { return (int*)(base + TILES); }
 };
@@ -493,7 +497,7 @@ __device__ __forceinline__ void add_parts(
     const int num_parts = cut::parts(tile);
     // As many loads under way as there are registers for.
     constexpr int WORDS = sizeof(Bits) / 4 * COUNT;
-    constexpr int AT_ONCE = cut::MAX_PARTS < 48 / WORDS ? cut::MAX_PARTS : 48 / WORDS;
+    constexpr int AT_ONCE = cut::MAX_PARTS < 36 / WORDS ? cut::MAX_PARTS : 36 / WORDS;
 #pragma unroll
     for (int i = 0; i < COUNT; i++) sums[i] = {};
 #pragma unroll 1
@@ -968,8 +972,9 @@ __device__ __forceinline__ void put_together(
 }
 
 __device__ __forceinline__ void attend(
-    const Params& p, const Shared& s, Ring& ring, int turn, Chunk chunk, int block, int thread) {
+    const Params& p, const Shared& s, Ring& ring, int turn, int block, int thread) {
     forget(block, thread);
+    Chunk chunk = *s.first_chunk();
     if (thread == 0) grid_wait(counter(p, turn - 1, ATTENTION));
     consumers_meet();
     Attend own(s, thread);
@@ -1100,7 +1105,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1)
         return;
     }
 
-    const Chunk chunk = Chunk::first(s, p.num_rows, block);
+    if (thread == 0) *s.first_chunk() = Chunk::first(s, p.num_rows, block);  // read after meetings
     Ring w_ring, x_ring;
     AddToResidual<NUM_PHASES> embed;
     embed.prepare(p, p.layers[0].input_norm, first_item(block, thread), thread % 32);
@@ -1112,7 +1117,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1)
         if (turn > 0) {
             const Layer& layer = p.layers[turn - 1];
             const bf16* next_norm = is_last ? p.last_norm : p.layers[turn].input_norm;
-            attend(p, s, w_ring, turn, chunk, block, thread);
+            attend(p, s, w_ring, turn, block, thread);
             consume<O_PROJ>(p, layer, next_norm, s, w_ring, x_ring, turn, block, thread);
             consume<GATE_UP>(p, layer, next_norm, s, w_ring, x_ring, turn, block, thread);
             consume<DOWN>(p, layer, next_norm, s, w_ring, x_ring, turn, block, thread);

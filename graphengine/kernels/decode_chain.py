@@ -143,7 +143,7 @@ class Launcher(Protocol):
 class DecodeChain:
     """A decode step of up to MAX_ROWS rows from token ids to the last norm, on torch's current
     stream; it can be captured. Reads weights and KV cache in place, at the addresses they had when
-    `run` first saw them."""
+    `run` saw them."""
 
     max_rows = MAX_ROWS
 
@@ -184,7 +184,7 @@ class DecodeChain:
         self._q = buffer(MAX_ROWS, h)
         self._attended = buffer(MAX_ROWS, h)
         self._unscaled = buffer(MAX_ROWS, e, dtype=torch.float32)
-        self._layers: dict[int, Tensor] = {}
+        self._layers: dict[bytes, Tensor] = {}
 
     @staticmethod
     def takes(
@@ -279,16 +279,17 @@ class DecodeChain:
         k_caches: Sequence[Tensor],
         v_caches: Sequence[Tensor],
     ) -> Tensor:
-        """LayerParams of all layers in the device's memory, made when a cache is first seen (and
-        not while a graph is captured: a step is run once before)."""
-        key = k_caches[0].data_ptr()
-        if key not in self._layers:
-            table = (LayerParams * len(layers))(
-                *(self._params_of(*each) for each in zip(layers, k_caches, v_caches, strict=True))
-            )
-            contents = torch.frombuffer(bytearray(table), dtype=torch.uint8)
-            self._layers[key] = contents.to(self._device)
-        return self._layers[key]
+        """LayerParams of all layers in the device's memory, copied there when weights and caches are
+        first seen (so not while a graph is captured: a step is run once before). Addresses alone
+        would not tell: memory that was freed serves others."""
+        table = (LayerParams * len(layers))(
+            *(self._params_of(*each) for each in zip(layers, k_caches, v_caches, strict=True))
+        )
+        contents = bytes(table)
+        if contents not in self._layers:
+            copied = torch.frombuffer(bytearray(contents), dtype=torch.uint8)
+            self._layers[contents] = copied.to(self._device)
+        return self._layers[contents]
 
     def _params_of(self, layer: LayerWeights, k_cache: Tensor, v_cache: Tensor) -> LayerParams:
         def address(weight: Tensor | None) -> int | None:
@@ -319,6 +320,7 @@ class HopperLauncher:
 
     def __init__(self, config: ModelConfig, chunk_tiles: int, device: torch.device) -> None:
         self._device = device
+        self._maps: dict[tuple[int, ...], TensorMap] = {}  # all of a map follows from its key
         self.num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
 
         def compile(rows: int) -> bytes:
@@ -336,6 +338,13 @@ class HopperLauncher:
 
     def tensor_map(self, matrix: Tensor, box_rows: int) -> TensorMap:
         """See Launcher."""
+        num_rows, num_columns = matrix.shape
+        key = (matrix.data_ptr(), num_rows, num_columns, matrix.stride(0), box_rows)
+        if key not in self._maps:
+            self._maps[key] = self._encoded(matrix, box_rows)
+        return self._maps[key]
+
+    def _encoded(self, matrix: Tensor, box_rows: int) -> TensorMap:
         num_rows, num_columns = matrix.shape
         tensor_map = checked(
             driver.cuTensorMapEncodeTiled(
