@@ -59,6 +59,14 @@ def _build_runner(resolved: Resolved, laps: Laps) -> tuple[StepClock, ModelRunne
         check_one_sequence_fits(num_blocks, resolved)
     model = _load_model(resolved)
     laps.end("weights")
+    with model.exclusive():
+        return _make_ready(resolved, laps, model, num_blocks)
+
+
+def _make_ready(
+    resolved: Resolved, laps: Laps, model: DecoderModel, num_blocks: int | None
+) -> tuple[StepClock, ModelRunner, int]:
+    """KV cache and graphs for a model with its weights."""
     streams = make_streams(resolved.device)
     if num_blocks is None:
         num_blocks = _num_blocks_that_fit(resolved, model, streams)

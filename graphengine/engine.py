@@ -169,11 +169,18 @@ class LLM:
             raise RuntimeError("this LLM is streaming already; finish or close that stream first")
         if isinstance(requests, (str, Mapping, Request)):
             requests = [requests]  # one prompt, not its letters or keys
+        # Entered before anything is launched, left when the device is done with all.
+        with self._runner.exclusive():
+            yield from self._stream(requests, sampling_params or SamplingParams())
+
+    def _stream(
+        self, requests: Iterable[Prompt | Request], default: SamplingParams
+    ) -> Generator[RequestOutput]:
         self._is_streaming = True
         feeder: Feeder | None = None
         try:
             self._start_run()
-            sequences = self._intake.sequences(requests, sampling_params or SamplingParams())
+            sequences = self._intake.sequences(requests, default)
             feeder = Feeder(sequences, depth=self.config.max_num_seqs)
             with _frozen_garbage():
                 yield from self._loop(feeder, is_patient=isinstance(requests, Sized))

@@ -92,7 +92,7 @@ class DecoderLayer(nn.Module):
             eps=self._eps,
         )
         if isinstance(metadata, DecodeMetadata):
-            attended = self._attention.decode(q, k_cache, v_cache, metadata, window=self._window)
+            attended = self.decode_attention(q, k_cache, v_cache, metadata)
         else:
             attended = self._attention.prefill(
                 q, k, v, k_cache, v_cache, metadata, window=self._window
@@ -101,6 +101,12 @@ class DecoderLayer(nn.Module):
         normed = kernels.add_rms_norm(hidden, residual, self.post_norm, self._eps)
         activated = kernels.linear_silu_mul(normed, self.gate_up_proj, self.gate_up_bias)
         return kernels.linear(activated, self.down_proj, self.down_bias)
+
+    def decode_attention(
+        self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata
+    ) -> Tensor:
+        """See AttentionBackend.decode."""
+        return self._attention.decode(q, k_cache, v_cache, metadata, window=self._window)
 
 
 def empty_parameter(

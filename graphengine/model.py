@@ -5,6 +5,8 @@ Letters: N tokens, n rows, E hidden, V vocab.
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from graphengine.attention.base import AttentionBackend, DecodeMetadata, PrefillMetadata
 from graphengine.kernels import Kernels
+from graphengine.kernels.exclusive import held
 from graphengine.kv_cache import KVCache
 from graphengine.layers import DecoderLayer, empty_parameter, rope_table
 from graphengine.model_config import ModelConfig
@@ -42,21 +45,17 @@ class DecoderModel(nn.Module):
         self._kernels = kernels
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = empty_parameter(shape, dtype=dtype, device=device)
-        # A window nobody can reach past is none: attention is faster without.
-        windows = [
-            window if window is not None and window < max_model_len else None
-            for window in config.sliding_windows
-        ]
         self.layers = nn.ModuleList(
             DecoderLayer(
                 config,
-                window=window,
+                # A window nobody can reach past is none: flash-attn is faster without.
+                window=window if window is not None and window < max_model_len else None,
                 dtype=dtype,
                 device=device,
                 kernels=kernels,
                 attention=attention,
             )
-            for window in windows
+            for window in config.sliding_windows
         )
         self.norm = empty_parameter((config.hidden_size,), dtype=dtype, device=device)
         self.lm_head = (
@@ -67,16 +66,9 @@ class DecoderModel(nn.Module):
         self._cos_sin = rope_table(
             config.rope, head_dim=config.head_dim, num_positions=max_model_len, device=device
         )
-        self._chain: DecodeChain | None = None
-        if attention.may_be_fused and not any(windows):
-            self._chain = kernels.decode_chain(
-                config,
-                cos_sin=self._cos_sin,
-                block_size=block_size,
-                max_model_len=max_model_len,
-                dtype=dtype,
-                device=device,
-            )
+        self._chain = kernels.decode_chain(
+            config, cos_sin=self._cos_sin, block_size=block_size, dtype=dtype, device=device
+        )
 
     def forward(
         self,
@@ -95,22 +87,39 @@ class DecoderModel(nn.Module):
             and isinstance(metadata, DecodeMetadata)
             and len(input_ids) <= chain.max_rows
         ):
-            return chain.run(
-                input_ids,
-                positions,
-                metadata,
-                embedding=self.embed_tokens,
-                layers=list(self.layers),  # type: ignore[arg-type]
-                norm=self.norm,
-                k_caches=kv.k,
-                v_caches=kv.v,
-            )
+            return self._chained(chain, input_ids, positions, kv, metadata)
         residual = F.embedding(input_ids, self.embed_tokens)
         added: Tensor | None = None
         for layer, k_cache, v_cache in zip(self.layers, kv.k, kv.v, strict=True):
             added = layer(added, residual, positions, self._cos_sin, k_cache, v_cache, metadata)
         assert added is not None, "a ModelConfig has at least one layer"
         return self._kernels.add_rms_norm(added, residual, self.norm, self.config.rms_norm_eps)
+
+    def _chained(
+        self,
+        chain: DecodeChain,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv: KVCache,
+        metadata: DecodeMetadata,
+    ) -> Tensor:
+        """`forward` with one launch between two attentions."""
+        layers: list[DecoderLayer] = list(self.layers)  # type: ignore[arg-type]
+        slots = metadata.slot_mapping
+        q = chain.begin(input_ids, positions, self.embed_tokens, layers[0], kv.k[0], kv.v[0], slots)
+        for index, layer in enumerate(layers[:-1]):
+            attended = layer.decode_attention(q, kv.k[index], kv.v[index], metadata)
+            caches = kv.k[index + 1], kv.v[index + 1]
+            q = chain.between(index, attended, positions, layer, layers[index + 1], *caches, slots)
+        attended = layers[-1].decode_attention(q, kv.k[-1], kv.v[-1], metadata)
+        return chain.end(attended, layers[-1], self.norm)
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Within it the model may decode. Raises RuntimeError where another of this process does,
+        if blocks of the two could wait for each other: see `kernels.exclusive`."""
+        if self._chain is None:
+            return contextlib.nullcontext()
+        return held(self.embed_tokens.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, E] -> [n, V] in the model's dtype."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -149,6 +150,10 @@ class ModelRunner:
             self._sample(
                 hidden[rows["last_rows"]], rows["last_positions"], rows["seq_indices"], rows, out
             )
+
+    def exclusive(self) -> AbstractContextManager[None]:
+        """Within it steps may be launched, and must have ended: see DecoderModel.exclusive."""
+        return self._model.exclusive()
 
     def reset(self) -> None:
         """Forgets every launch not waited for. Blocks until the device is done with them."""

@@ -4,58 +4,55 @@ GPU's instructions (cuda_on_cpu/hopper.cuh)."""
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import subprocess
-import tempfile
 from pathlib import Path
 
 from torch import Tensor
 
-from graphengine.kernels.decode_chain import SOURCE, LayerParams, Params, TensorMap, defines_for
+from graphengine.kernels.decode_chain import SOURCE, Params, TensorMap, defines_for
 from graphengine.model_config import ModelConfig
 
 _FOLDER = Path(__file__).with_name("cuda_on_cpu")
 
 
 class CpuLauncher:
-    """graphengine.kernels.decode_chain.Launcher. `seed` of the order in which threads run."""
+    """A Launcher of graphengine.kernels.decode_chain. seed: of the order in which threads run; each
+    launch has its own. folder: for compiled kernels."""
 
-    def __init__(self, config: ModelConfig, *, num_blocks: int, chunk_tiles: int) -> None:
+    def __init__(
+        self, config: ModelConfig, *, num_blocks: int, folder: Path, seed: int = 0
+    ) -> None:
         self.num_blocks = num_blocks
-        self.seed = 0
+        self.seed = seed
         self._config = config
-        self._chunk_tiles = chunk_tiles
+        self._folder = folder
         self._libraries: dict[int, ctypes.CDLL] = {}
 
     def tensor_map(self, matrix: Tensor, box_rows: int) -> TensorMap:
-        address, (rows, columns) = matrix.data_ptr(), matrix.shape
-        found = TensorMap()
-        found.opaque[:5] = [address, rows, columns, matrix.stride(0) * 2, box_rows]
-        return found
+        """What the emulated copy engine reads: address, rows, columns, bytes between rows, rows of
+        a box."""
+        rows, columns = matrix.shape
+        tensor_map = TensorMap()
+        tensor_map.opaque[:5] = [matrix.data_ptr(), rows, columns, matrix.stride(0) * 2, box_rows]
+        return tensor_map
 
-    def launch(self, params: Params, num_rows: int) -> None:
+    def launch(self, params: Params, num_rows: int, *, early: bool) -> None:
         if num_rows not in self._libraries:
             self._libraries[num_rows] = self._compiled(num_rows)
         library = self._libraries[num_rows]
         size = library.params_bytes()
         assert size == -(-ctypes.sizeof(params) // 64) * 64
-        assert library.layer_bytes() == ctypes.sizeof(LayerParams)
-        padded = ctypes.create_string_buffer(size + 64)
-        address = -(-ctypes.addressof(padded) // 64) * 64
-        ctypes.memmove(address, ctypes.addressof(params), ctypes.sizeof(params))
-        library.run(ctypes.c_void_p(address), ctypes.c_uint(self.seed))
+        memory = ctypes.create_string_buffer(size + 64)
+        aligned = -(-ctypes.addressof(memory) // 64) * 64
+        ctypes.memmove(aligned, ctypes.addressof(params), ctypes.sizeof(params))
+        library.run(ctypes.c_void_p(aligned), ctypes.c_uint(self.seed))
+        self.seed += 1
 
     def _compiled(self, num_rows: int) -> ctypes.CDLL:
-        defines = defines_for(
-            self._config,
-            num_rows=num_rows,
-            num_blocks=self.num_blocks,
-            chunk_tiles=self._chunk_tiles,
-        )
-        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w"]
+        defines = defines_for(self._config, num_rows=num_rows, num_blocks=self.num_blocks)
+        output = self._folder / f"chain-{num_rows}.so"
+        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-Wno-psabi"]
         command += [f"-I{_FOLDER}", f"-I{SOURCE.parent}"]
         command += [f"-D{name}={value}" for name, value in defines.items()]
-        key = hashlib.sha256(" ".join(command).encode()).hexdigest()[:16]
-        output = Path(tempfile.mkdtemp()) / f"{key}.so"
         subprocess.run([*command, "-o", str(output), str(_FOLDER / "decode_chain.cpp")], check=True)
         return ctypes.CDLL(str(output))

@@ -24,10 +24,12 @@ from graphengine.model_config import ModelConfig, RopeConfig
 if sys.platform != "linux":
     pytest.skip("cuda-bindings is for Linux here, as in torch", allow_module_level=True)
 
-from graphengine.kernels import decode_chain, nvrtc  # after the skip: imports cuda-bindings
-from graphengine.kernels.decode_chain import DecodeChain
+from cpu_launcher import CpuLauncher
 
-CUDA = torch.device("cuda")
+from graphengine.kernels import decode_chain, nvrtc  # after the skip: imports cuda-bindings
+from graphengine.kernels.decode_chain import DecodeChain, Launcher
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # Multiprocessors of an H100 SXM or an H200.
 NUM_BLOCKS_OF_GRID = 132
 BLOCK_SIZE = 256
@@ -100,15 +102,17 @@ class Case:
 
     config: ModelConfig
     num_rows: int
+    device: torch.device = CUDA
     seed: int = 0
     layers: list[Layer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         c = self.config
-        generator = torch.Generator(device=CUDA).manual_seed(self.seed)
+        device = self.device
+        generator = torch.Generator(device=device).manual_seed(self.seed)
 
         def randn(*shape: int, scale: float = 1.0) -> Tensor:
-            values = torch.randn(*shape, generator=generator, device=CUDA) * scale
+            values = torch.randn(*shape, generator=generator, device=device) * scale
             return values.to(torch.bfloat16)
 
         def weight(features: int, depth: int) -> Tensor:
@@ -138,16 +142,24 @@ class Case:
         count = 64  # whatever num_rows is, so that a row is the same in each case
         slots = torch.randperm(NUM_BLOCKS * BLOCK_SIZE, generator=host)[:count]
         n = self.num_rows
-        self.slots = slots[:n].to(CUDA)
-        self.positions = torch.randint(LENGTH, (count,), generator=host)[:n].to(CUDA)
-        self.token_ids = torch.randint(c.vocab_size, (count,), generator=host)[:n].to(CUDA)
-        self.cos_sin = rope_table(c.rope, head_dim=d, num_positions=LENGTH, device=CUDA)
+        self.slots = slots[:n].to(device)
+        self.positions = torch.randint(LENGTH, (count,), generator=host)[:n].to(device)
+        self.token_ids = torch.randint(c.vocab_size, (count,), generator=host)[:n].to(device)
+        self.cos_sin = rope_table(c.rope, head_dim=d, num_positions=LENGTH, device=device)
 
     def chain(self) -> tuple[list[Tensor], Tensor]:
         """Of each layer q, [N, H, D], and the last hidden states, by the chain."""
         assert DecodeChain.takes(self.config, dtype=torch.bfloat16, device=CUDA)
-        chain = DecodeChain(self.config, cos_sin=self.cos_sin, block_size=BLOCK_SIZE, device=CUDA)
-        return self.run(chain)
+        return self.run(self.make())
+
+    def make(self, launcher: Launcher | None = None) -> DecodeChain:
+        return DecodeChain(
+            self.config,
+            cos_sin=self.cos_sin,
+            block_size=BLOCK_SIZE,
+            device=self.device,
+            launcher=launcher,
+        )
 
     def run(self, chain: DecodeChain) -> tuple[list[Tensor], Tensor]:
         layers, kv = self.layers, self.kv
@@ -252,12 +264,17 @@ def test_chain_takes_a_model_whose_units_are_just_enough() -> None:
 SERIALIZED = r"\(C75\d\d\)|wgmma.mma_async instructions are serialized"
 
 
+def included() -> dict[str, str]:
+    return {decode_chain.HEADER.name: decode_chain.HEADER.read_text("utf-8")}
+
+
 def compile_chain(model: ModelConfig, num_rows: int, added: str = "") -> str:
     """The compiler's log of decode_chain.cu with `added` at its end."""
     source = decode_chain.SOURCE.read_text("utf-8") + added
     defines = decode_chain.defines_for(model, num_rows=num_rows, num_blocks=NUM_BLOCKS_OF_GRID)
     options = nvrtc.options_for(decode_chain.ARCHITECTURE, defines)
-    _, log = nvrtc.compile_source(source, "decode_chain.cu", [*options, "--ptxas-options=-v"])
+    options += ["--ptxas-options=-v"]
+    _, log = nvrtc.compile_source(source, "decode_chain.cu", options, included())
     return log
 
 
@@ -334,13 +351,84 @@ constexpr __device__ bool owners_are_right() {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_host_and_kernel_agree_on_the_params_and_the_cut(name: str, num_blocks: int) -> None:
     model = CONFIGS[name]
-    head, found, _ = decode_chain.SOURCE.read_text("utf-8").partition("// --- instructions")
+    head, found, _ = decode_chain.SOURCE.read_text("utf-8").partition("// --- shared memory")
     assert found
     claims = [*layout_claims(), *cut_claims(decode_chain.num_partials(model, num_blocks))]
     asserts = "".join(f'\nstatic_assert({claim}, "");' for claim in claims)
     defines = decode_chain.defines_for(model, num_rows=decode_chain.MAX_ROWS, num_blocks=num_blocks)
     options = nvrtc.options_for(decode_chain.ARCHITECTURE, defines)
-    nvrtc.compile_source(head + OWNERS_ARE_RIGHT + asserts, "claims.cu", options)
+    nvrtc.compile_source(head + OWNERS_ARE_RIGHT + asserts, "claims.cu", options, included())
+
+
+def check_against_float32(case: Case, chain: DecodeChain) -> None:
+    exact_qs, exact_hidden, exact_kv = case.reference()
+    before = case.kv.clone()
+    qs, hidden = case.run(chain)
+    for q, exact in zip(qs, exact_qs, strict=True):
+        assert error(q, exact) < 1e-2
+    assert error(hidden, exact_hidden) < 1e-2
+    shape = (case.config.num_layers, 2, NUM_BLOCKS * BLOCK_SIZE, -1)
+    written, old = case.kv.view(shape), before.view(shape)
+    assert error(written[:, :, case.slots], exact_kv.view(shape)[:, :, case.slots]) < 1e-2
+    others = torch.ones(NUM_BLOCKS * BLOCK_SIZE, dtype=torch.bool, device=case.device)
+    others[case.slots] = False
+    assert torch.equal(written[:, :, others], old[:, :, others])
+
+
+# Three blocks share each product, and no tile ends where a block's share does.
+TINY = {
+    "norms": config(
+        vocab_size=50,
+        hidden_size=256,
+        intermediate_size=192,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+    ),
+    "bias-d64": config(
+        vocab_size=50,
+        hidden_size=384,
+        intermediate_size=320,
+        num_layers=2,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=64,
+        qk_norm=False,
+        qkv_bias=True,
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=TINY)
+def on_cpu(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ModelConfig, CpuLauncher]:
+    model = TINY[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    return model, CpuLauncher(model, num_blocks=3, folder=folder)
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 13, 33])
+def test_kernel_on_a_cpu_agrees_with_float32(
+    on_cpu: tuple[ModelConfig, CpuLauncher], num_rows: int
+) -> None:
+    model, launcher = on_cpu
+    case = Case(model, num_rows, CPU)
+    check_against_float32(case, case.make(launcher))
+
+
+def test_kernel_on_a_cpu_gives_a_row_alike_in_any_order_of_threads_and_number_of_rows(
+    on_cpu: tuple[ModelConfig, CpuLauncher],
+) -> None:
+    """One chain throughout: whatever a step leaves behind, the next must not see."""
+    model, launcher = on_cpu
+    cases = [Case(model, num_rows, CPU) for num_rows in (13, 2, 33, 8, 13, 1)]
+    chain = cases[0].make(launcher)
+    _, first = cases[0].run(chain)
+    for case in cases[1:]:
+        _, hidden = case.run(chain)
+        num_rows = min(case.num_rows, cases[0].num_rows)
+        assert torch.equal(hidden[:num_rows], first[:num_rows])
 
 
 @pytest.mark.gpu
@@ -348,18 +436,7 @@ def test_host_and_kernel_agree_on_the_params_and_the_cut(name: str, num_blocks: 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_chain_agrees_with_float32(name: str, num_rows: int) -> None:
     case = Case(CONFIGS[name], num_rows)
-    exact_qs, exact_hidden, exact_kv = case.reference()
-    before = case.kv.clone()
-    qs, hidden = case.chain()
-    for q, exact in zip(qs, exact_qs, strict=True):
-        assert error(q, exact) < 1e-2
-    assert error(hidden, exact_hidden) < 1e-2
-    shape = (case.config.num_layers, 2, NUM_BLOCKS * BLOCK_SIZE, -1)
-    written, old = case.kv.view(shape), before.view(shape)
-    assert error(written[:, :, case.slots], exact_kv.view(shape)[:, :, case.slots]) < 1e-2
-    others = torch.ones(NUM_BLOCKS * BLOCK_SIZE, dtype=torch.bool, device=CUDA)
-    others[case.slots] = False
-    assert torch.equal(written[:, :, others], old[:, :, others])
+    check_against_float32(case, case.make())
 
 
 @pytest.mark.gpu
@@ -376,7 +453,7 @@ def test_a_row_does_not_depend_on_how_many_there_are(name: str) -> None:
 @pytest.mark.gpu
 def test_captured_chain_gives_the_same_each_time() -> None:
     case = Case(CONFIGS["qwen3-0.6b"], 33)
-    chain = DecodeChain(case.config, cos_sin=case.cos_sin, block_size=BLOCK_SIZE, device=CUDA)
+    chain = case.make()
     _, first = case.run(chain)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -394,7 +471,7 @@ def test_one_chain_serves_any_numbers_of_rows_in_any_order() -> None:
     """The places of partial sums lie elsewhere for each number of rows: none may be left over."""
     cases = {n: Case(CONFIGS["qwen3-0.6b"], n) for n in (64, 1, 33, 12, 8, 64, 5, 32, 2)}
     case = cases[64]
-    chain = DecodeChain(case.config, cos_sin=case.cos_sin, block_size=BLOCK_SIZE, device=CUDA)
+    chain = case.make()
     _, all_hidden = case.run(chain)
     for _ in range(3):
         for num_rows, fewer in cases.items():

@@ -56,13 +56,11 @@ class AttentionBackend(Protocol):
     already. The softmax scale is D ** -0.5. With `window` w a query sees itself and the w - 1
     tokens before it; None sees all.
 
-    reads_key_slots: prefill reads PrefillMetadata.key_slots, so it must be made.
-    may_be_fused: a model may decode by kernels.decode_chain, attention included, where it can."""
+    reads_key_slots: prefill reads PrefillMetadata.key_slots, so it must be made."""
 
     name: str
     default_block_size: int
     reads_key_slots: bool
-    may_be_fused: bool
 
     def check(
         self, *, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device

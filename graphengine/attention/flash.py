@@ -40,7 +40,6 @@ class FlashAttention:
     name = "flash"
     default_block_size = _BLOCK_MULTIPLE
     reads_key_slots = False
-    may_be_fused = True
 
     def __init__(self) -> None:
         """Raises BackendError if flash-attn cannot be imported."""

@@ -40,7 +40,6 @@ class FlashAttention4:
     name = "flash4"
     default_block_size = FlashAttention.default_block_size
     reads_key_slots = True
-    may_be_fused = True
 
     def __init__(self, device: torch.device) -> None:
         """Raises BackendError off Hopper, or if flash-attn 4 or 2 cannot be imported."""

@@ -21,7 +21,6 @@ class ReferenceAttention:
     name = "reference"
     default_block_size = 16
     reads_key_slots = False
-    may_be_fused = False  # it is the oracle
 
     def check(
         self, *, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device

@@ -56,7 +56,6 @@ class Kernels(Protocol):
         *,
         cos_sin: Tensor,
         block_size: int,
-        max_model_len: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> DecodeChain | None: ...

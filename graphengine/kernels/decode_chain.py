@@ -1,18 +1,15 @@
-"""How does a decode step of few rows run on Hopper? All layers in one launch.
+"""How does a decode step of few rows run on Hopper? One launch between two attentions.
 
 `decode_chain.cu` says how. This is its host side: which models it takes, its buffers, and how the
-copy engine is told where weights, inputs, keys and values lie. A row's result does not depend on
-the number of rows, nor on the others: not one bit.
+copy engine is told where weights and inputs lie. A row's result does not depend on the number of
+rows: not one bit.
 
-Letters: N rows, E hidden, I intermediate, H query heads, K kv heads, D head dim, L layers,
-W blocks per sequence.
+Letters: N rows, E hidden, I intermediate, H query heads, K kv heads, D head dim, L layers.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -21,8 +18,7 @@ import torch
 from cuda.bindings import driver
 from torch import Tensor
 
-from graphengine.attention.base import DecodeMetadata
-from graphengine.kernels.nvrtc import Kernel, checked, compiled
+from graphengine.kernels.nvrtc import Kernel, checked, compiled, is_shared_by_mps
 from graphengine.model_config import ModelConfig
 
 MAX_ROWS = 64
@@ -35,18 +31,12 @@ _NUM_THREADS = 320
 # As in decode_chain.cu.
 _TILE_F = 128
 _UNIT_C = 64
-_TILE_T = 64
-_HEAD_DIM = 128
-_MAX_GROUP = 8
-_MAX_PARTS = 32
-_NUM_COUNTERS = 5
-_COUNTER_STRIDE = 32
+_NUM_PHASES = 4
+_O_PROJ, _GATE_UP, _DOWN, _QKV = range(_NUM_PHASES)
+_COUNTERS = _NUM_PHASES * 32
 _EMPTY = -1
 _BOX_ROWS = 64
-# A chunk of attention has 256 tokens, and more where a row could have more than 32 chunks.
-_CHUNK_TOKENS = 256
-_MAX_CHUNKS = 32
-_LOG2_E = math.log2(math.e)
+_HEAD_DIMS = (64, 128)
 
 
 class LayerWeights(Protocol):
@@ -67,63 +57,45 @@ class TensorMap(ctypes.Structure):
     _fields_ = (("opaque", ctypes.c_uint64 * 16),)
 
 
-class LayerParams(ctypes.Structure):
-    """`Layer` of decode_chain.cu, field by field."""
-
-    _fields_ = (
-        *((name, TensorMap) for name in ("o", "gate_up", "down", "qkv", "keys", "values")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "input_norm",
-                "post_norm",
-                "qkv_bias",
-                "q_norm",
-                "k_norm",
-                "k_cache",
-                "v_cache",
-                "unused",
-            )
-        ),
-    )
+_POINTERS = (
+    "partials",
+    "squares",
+    "counters",
+    "residual",
+    "normed",
+    "activated",
+    "unscaled",
+    "hidden",
+    "q",
+    "post_norm",
+    "next_norm",
+    "qkv_bias",
+    "q_norm",
+    "k_norm",
+    "k_cache",
+    "v_cache",
+    "slots",
+    "positions",
+    "cos_sin",
+    "token_ids",
+    "embedding",
+)
+_STRIDES = ("k_block_stride", "k_slot_stride", "v_block_stride", "v_slot_stride")
+_INTS = ("num_rows", "block_size", "first_phase", "last_phase", "is_first", "is_last")
 
 
 class Params(ctypes.Structure):
-    """`Params` of decode_chain.cu, field by field; it is aligned to 64 bytes there."""
+    """`Params` of decode_chain.cu, field by field."""
 
     _fields_ = (
-        *((name, TensorMap) for name in ("attended_map", "normed_map", "activated_map")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "layers",
-                "partials",
-                "chunks",
-                "squares",
-                "counters",
-                "residual",
-                "normed",
-                "activated",
-                "q",
-                "attended",
-                "unscaled",
-                "hidden",
-                "last_norm",
-                "slots",
-                "positions",
-                "context_lens",
-                "block_tables",
-                "cos_sin",
-                "token_ids",
-                "embedding",
-            )
-        ),
-        ("tables_stride", ctypes.c_int64),
-        ("slot_stride", ctypes.c_int64),
+        ("weights", TensorMap * _NUM_PHASES),
+        ("attended", TensorMap),
+        ("normed_map", TensorMap),
+        ("activated_map", TensorMap),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _STRIDES),
         ("eps", ctypes.c_float),
-        ("softmax_scale", ctypes.c_float),
-        ("num_rows", ctypes.c_int),
-        ("block_size", ctypes.c_int),
+        *((name, ctypes.c_int) for name in _INTS),
     )
 
 
@@ -136,14 +108,14 @@ class Launcher(Protocol):
         """How boxes of box_rows x 64 elements are found in `matrix`, bfloat16, its rows dense and
         multiples of 16 bytes apart. Rows past the end read as zeros."""
 
-    def launch(self, params: Params, num_rows: int) -> None:
-        """num_rows: one of ROWS."""
+    def launch(self, params: Params, num_rows: int, *, early: bool) -> None:
+        """num_rows: one of ROWS. early: it may start before the kernel ahead of it has ended."""
 
 
 class DecodeChain:
-    """A decode step of up to MAX_ROWS rows from token ids to the last norm, on torch's current
-    stream; it can be captured. Reads weights and KV cache in place, at the addresses they had when
-    `run` saw them."""
+    """The launches of a decode step of up to MAX_ROWS rows: `begin`, then `between` after each
+    layer's attention but the last, then `end`. All on torch's current stream; they can be captured,
+    and read the weights in place, at the addresses they had when they were first used."""
 
     max_rows = MAX_ROWS
 
@@ -153,7 +125,6 @@ class DecodeChain:
         *,
         cos_sin: Tensor,
         block_size: int,
-        max_model_len: int,
         device: torch.device,
         launcher: Launcher | None = None,
     ) -> None:
@@ -162,171 +133,169 @@ class DecodeChain:
         self._config = config
         self._cos_sin = cos_sin
         self._block_size = block_size
-        self._chunk_tiles = chunk_tiles(max_model_len)
         self._device = device
-        self._launcher = launcher or HopperLauncher(config, self._chunk_tiles, device)
+        self._launcher = launcher or HopperLauncher(config, device)
         h, e, i = config.num_heads * config.head_dim, config.hidden_size, config.intermediate_size
 
         def buffer(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        def empty(size: int) -> Tensor:
-            return torch.full((size,), _EMPTY, dtype=torch.int32, device=device)
-
-        self._partials = empty(num_partials(config, self._launcher.num_blocks))
-        self._chunks = empty(MAX_ROWS * _MAX_CHUNKS * config.num_kv_heads * chunk_floats(config))
+        partials = (num_partials(config, self._launcher.num_blocks),)
+        self._partials = torch.full(partials, _EMPTY, dtype=torch.int32, device=device)
         self._squares = buffer(MAX_ROWS, e // _TILE_F, dtype=torch.float32)
-        counters = (config.num_layers + 1) * _NUM_COUNTERS * _COUNTER_STRIDE
-        self._counters = buffer(counters, dtype=torch.int32)
+        self._counters = buffer(config.num_layers + 1, _COUNTERS, dtype=torch.int32)
         self._residual = buffer(MAX_ROWS, e)
         self._normed = buffer(MAX_ROWS, e)
         self._activated = buffer(MAX_ROWS, i)
-        self._q = buffer(MAX_ROWS, h)
-        self._attended = buffer(MAX_ROWS, h)
         self._unscaled = buffer(MAX_ROWS, e, dtype=torch.float32)
-        self._layers: dict[bytes, Tensor] = {}
+        self._q = buffer(MAX_ROWS, h)
 
     @staticmethod
     def takes(
         config: ModelConfig,
         *,
         dtype: torch.dtype,
-        block_size: int,
         device: torch.device,
         num_blocks: int | None = None,
     ) -> bool:
-        """Whether a model runs this way. Its layers must see all tokens: a window that some
-        position reaches past is not known here. num_blocks: of the device's multiprocessors, if
-        `device` is not to be asked."""
+        """Whether a model runs this way. num_blocks: of the device's multiprocessors, if `device`
+        is not to be asked."""
         if num_blocks is None:
             if device.type != "cuda" or torch.cuda.get_device_capability(device) != _CAPABILITY:
                 return False
+            # Other processes' blocks would take multiprocessors that a launch needs all of.
+            if is_shared_by_mps(device):
+                return False
             num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
-        group, rest = divmod(config.num_heads, config.num_kv_heads)
-        if dtype != torch.bfloat16 or config.head_dim != _HEAD_DIM or block_size % _TILE_T:
+        if dtype != torch.bfloat16 or config.head_dim not in _HEAD_DIMS:
             return False
-        if config.o_bias or config.mlp_bias or rest or group > _MAX_GROUP:
+        if config.o_bias or config.mlp_bias:
             return False
         return all(
             features % _TILE_F == 0
             and depth % _UNIT_C == 0
             # Each block has a part of each product.
             and features // _TILE_F * (depth // _UNIT_C) >= num_blocks
-            and max_parts(features, depth, num_blocks) <= _MAX_PARTS
             for features, depth in _products(config)
         )
 
-    def run(
+    def begin(
         self,
         token_ids: Tensor,
         positions: Tensor,
-        metadata: DecodeMetadata,
-        *,
         embedding: Tensor,
-        layers: Sequence[LayerWeights],
-        norm: Tensor,
-        k_caches: Sequence[Tensor],
-        v_caches: Sequence[Tensor],
+        layer: LayerWeights,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
     ) -> Tensor:
-        """token_ids and positions: int64 [N] -> hidden states after the last norm [N, E]. The
-        tokens' keys and values go to the caches at metadata.slot_mapping."""
-        num_rows = len(token_ids)
-        rows = next(rows for rows in ROWS if rows >= num_rows)
-        block_size, num_kv_heads, head_dim = k_caches[0].shape[1:]
-        assert block_size == self._block_size
-        assert k_caches[0].stride(0) == block_size * k_caches[0].stride(1)
-        assert metadata.block_tables.stride(1) == 1
-        shape = (num_rows, self._config.hidden_size)
-        hidden = torch.empty(shape, dtype=embedding.dtype, device=self._device)
+        """Embedding, first norm and the first layer's q, k and v: q [N, H, D]; k and v go to the
+        cache at slot_mapping."""
         self._counters.zero_()
-        params = Params(
-            attended_map=self._launcher.tensor_map(self._attended, rows),
-            normed_map=self._launcher.tensor_map(self._normed, rows),
-            activated_map=self._launcher.tensor_map(self._activated, rows),
-            layers=self._layer_params(layers, k_caches, v_caches).data_ptr(),
-            partials=self._partials.data_ptr(),
-            chunks=self._chunks.data_ptr(),
-            squares=self._squares.data_ptr(),
-            counters=self._counters.data_ptr(),
-            residual=self._residual.data_ptr(),
-            normed=self._normed.data_ptr(),
-            activated=self._activated.data_ptr(),
-            q=self._q.data_ptr(),
-            attended=self._attended.data_ptr(),
-            unscaled=self._unscaled.data_ptr(),
-            hidden=hidden.data_ptr(),
-            last_norm=norm.data_ptr(),
-            slots=metadata.slot_mapping.data_ptr(),
-            positions=positions.data_ptr(),
-            context_lens=metadata.context_lens.data_ptr(),
-            block_tables=metadata.block_tables.data_ptr(),
-            cos_sin=self._cos_sin.data_ptr(),
-            token_ids=token_ids.data_ptr(),
-            embedding=embedding.data_ptr(),
-            tables_stride=metadata.block_tables.stride(0),
-            slot_stride=num_kv_heads * head_dim,
-            eps=self._config.rms_norm_eps,
-            softmax_scale=head_dim**-0.5 * _LOG2_E,
-            num_rows=num_rows,
-            block_size=block_size,
-        )
-        self._launcher.launch(params, rows)
+        params = self._params(0, positions.shape[0])
+        params.token_ids = token_ids.data_ptr()
+        params.embedding = embedding.data_ptr()
+        params.next_norm = layer.input_norm.data_ptr()
+        params.first_phase, params.last_phase, params.is_first = _QKV, _QKV, 1
+        q = self._give_q(params, layer, positions, k_cache, v_cache, slot_mapping)
+        # The counters' zeros are written by no kernel: it must not start early.
+        self._launcher.launch(params, _padded(positions.shape[0]), early=False)
+        return q
+
+    def between(
+        self,
+        index: int,
+        attended: Tensor,
+        positions: Tensor,
+        layer: LayerWeights,
+        next_layer: LayerWeights,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """The rest of layer `index` after its attention, attended [N, H, D], and the start of the
+        next: its q [N, H, D]; its k and v go to its caches."""
+        params = self._params(index + 1, attended.shape[0])
+        self._take_attended(params, attended, layer)
+        params.next_norm = next_layer.input_norm.data_ptr()
+        params.first_phase, params.last_phase = _O_PROJ, _QKV
+        q = self._give_q(params, next_layer, positions, k_cache, v_cache, slot_mapping)
+        self._launcher.launch(params, _padded(attended.shape[0]), early=True)
+        return q
+
+    def end(self, attended: Tensor, layer: LayerWeights, norm: Tensor) -> Tensor:
+        """The rest of the last layer, and the model's last norm: [N, E]."""
+        num_rows = attended.shape[0]
+        params = self._params(self._config.num_layers, num_rows)
+        self._take_attended(params, attended, layer)
+        shape = (num_rows, self._config.hidden_size)
+        hidden = torch.empty(shape, dtype=attended.dtype, device=self._device)
+        params.hidden = hidden.data_ptr()
+        params.next_norm = norm.data_ptr()
+        params.first_phase, params.last_phase, params.is_last = _O_PROJ, _DOWN, 1
+        self._launcher.launch(params, _padded(attended.shape[0]), early=True)
         return hidden
 
-    def _layer_params(
+    def _params(self, launch: int, num_rows: int) -> Params:
+        """What all launches of a step share. launch: its place among them."""
+        params = Params()
+        params.partials = self._partials.data_ptr()
+        params.squares = self._squares.data_ptr()
+        params.counters = self._counters[launch].data_ptr()
+        params.residual = self._residual.data_ptr()
+        params.normed = self._normed.data_ptr()
+        params.activated = self._activated.data_ptr()
+        params.unscaled = self._unscaled.data_ptr()
+        params.normed_map = self._input_map(self._normed, num_rows)
+        params.activated_map = self._input_map(self._activated, num_rows)
+        params.cos_sin = self._cos_sin.data_ptr()
+        params.eps = self._config.rms_norm_eps
+        params.num_rows = num_rows
+        params.block_size = self._block_size
+        return params
+
+    def _take_attended(self, params: Params, attended: Tensor, layer: LayerWeights) -> None:
+        params.attended = self._input_map(attended.flatten(1), attended.shape[0])
+        params.post_norm = layer.post_norm.data_ptr()
+        weights = (layer.o_proj, layer.gate_up_proj, layer.down_proj)
+        for phase, weight in zip((_O_PROJ, _GATE_UP, _DOWN), weights, strict=True):
+            params.weights[phase] = self._launcher.tensor_map(weight, _BOX_ROWS)
+
+    def _give_q(
         self,
-        layers: Sequence[LayerWeights],
-        k_caches: Sequence[Tensor],
-        v_caches: Sequence[Tensor],
+        params: Params,
+        layer: LayerWeights,
+        positions: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
     ) -> Tensor:
-        """LayerParams of all layers in the device's memory, copied there when weights and caches are
-        first seen (so not while a graph is captured: a step is run once before). Addresses alone
-        would not tell: memory that was freed serves others."""
-        table = (LayerParams * len(layers))(
-            *(self._params_of(*each) for each in zip(layers, k_caches, v_caches, strict=True))
-        )
-        contents = bytes(table)
-        if contents not in self._layers:
-            copied = torch.frombuffer(bytearray(contents), dtype=torch.uint8)
-            self._layers[contents] = copied.to(self._device)
-        return self._layers[contents]
+        params.weights[_QKV] = self._launcher.tensor_map(layer.qkv_proj, _BOX_ROWS)
+        for name in ("qkv_bias", "q_norm", "k_norm"):
+            weight: Tensor | None = getattr(layer, name)
+            setattr(params, name, None if weight is None else weight.data_ptr())
+        params.k_cache, params.v_cache = k_cache.data_ptr(), v_cache.data_ptr()
+        params.k_block_stride, params.k_slot_stride = k_cache.stride()[:2]
+        params.v_block_stride, params.v_slot_stride = v_cache.stride()[:2]
+        params.slots, params.positions = slot_mapping.data_ptr(), positions.data_ptr()
+        params.q = self._q.data_ptr()
+        num_rows = positions.shape[0]
+        return self._q[:num_rows].view(num_rows, self._config.num_heads, self._config.head_dim)
 
-    def _params_of(self, layer: LayerWeights, k_cache: Tensor, v_cache: Tensor) -> LayerParams:
-        def address(weight: Tensor | None) -> int | None:
-            return None if weight is None else weight.data_ptr()
-
-        def tensor_map(matrix: Tensor) -> TensorMap:
-            return self._launcher.tensor_map(matrix, _BOX_ROWS)
-
-        return LayerParams(
-            o=tensor_map(layer.o_proj),
-            gate_up=tensor_map(layer.gate_up_proj),
-            down=tensor_map(layer.down_proj),
-            qkv=tensor_map(layer.qkv_proj),
-            keys=tensor_map(k_cache.view(-1, k_cache.shape[2] * k_cache.shape[3])),
-            values=tensor_map(v_cache.view(-1, v_cache.shape[2] * v_cache.shape[3])),
-            input_norm=layer.input_norm.data_ptr(),
-            post_norm=layer.post_norm.data_ptr(),
-            qkv_bias=address(layer.qkv_bias),
-            q_norm=address(layer.q_norm),
-            k_norm=address(layer.k_norm),
-            k_cache=k_cache.data_ptr(),
-            v_cache=v_cache.data_ptr(),
-        )
+    def _input_map(self, matrix: Tensor, num_rows: int) -> TensorMap:
+        return self._launcher.tensor_map(matrix, _padded(num_rows))
 
 
 class HopperLauncher:
     """Launcher on torch's current stream of a GPU."""
 
-    def __init__(self, config: ModelConfig, chunk_tiles: int, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self._device = device
         self._maps: dict[tuple[int, ...], TensorMap] = {}  # all of a map follows from its key
         self.num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
 
         def compile(rows: int) -> bytes:
-            defines = defines_for(
-                config, num_rows=rows, num_blocks=self.num_blocks, chunk_tiles=chunk_tiles
-            )
+            defines = defines_for(config, num_rows=rows, num_blocks=self.num_blocks)
             return compiled(SOURCE, (HEADER,), architecture=ARCHITECTURE, defines=defines)
 
         with ThreadPoolExecutor(len(ROWS)) as pool:
@@ -341,40 +310,20 @@ class HopperLauncher:
         num_rows, num_columns = matrix.shape
         key = (matrix.data_ptr(), num_rows, num_columns, matrix.stride(0), box_rows)
         if key not in self._maps:
-            self._maps[key] = self._encoded(matrix, box_rows)
+            self._maps[key] = _encoded(matrix, box_rows)
         return self._maps[key]
 
-    def _encoded(self, matrix: Tensor, box_rows: int) -> TensorMap:
-        num_rows, num_columns = matrix.shape
-        tensor_map = checked(
-            driver.cuTensorMapEncodeTiled(
-                driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                2,
-                matrix.data_ptr(),
-                [driver.cuuint64_t(num_columns), driver.cuuint64_t(num_rows)],
-                [driver.cuuint64_t(matrix.stride(0) * matrix.element_size())],
-                [driver.cuuint32_t(_UNIT_C), driver.cuuint32_t(box_rows)],
-                [driver.cuuint32_t(1), driver.cuuint32_t(1)],
-                driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-                driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-                driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        )
-        return TensorMap.from_buffer_copy(ctypes.string_at(tensor_map.getPtr(), 128))
-
-    def launch(self, params: Params, num_rows: int) -> None:
+    def launch(self, params: Params, num_rows: int, *, early: bool) -> None:
         """See Launcher."""
         # The kernel's struct is aligned to 64 bytes, so its size is a multiple of that.
         padded = ctypes.create_string_buffer(-(-ctypes.sizeof(params) // 64) * 64)
         ctypes.memmove(padded, ctypes.addressof(params), ctypes.sizeof(params))
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        self._kernels[num_rows].launch(padded, num_blocks=self.num_blocks, stream=stream)
+        kernel = self._kernels[num_rows]
+        kernel.launch(padded, num_blocks=self.num_blocks, stream=stream, early=early)
 
 
-def defines_for(
-    config: ModelConfig, *, num_rows: int, num_blocks: int, chunk_tiles: int
-) -> dict[str, int]:
+def defines_for(config: ModelConfig, *, num_rows: int, num_blocks: int) -> dict[str, int]:
     """What SOURCE is compiled with for steps of up to num_rows rows, one of ROWS."""
     return {
         "NR": num_rows,
@@ -383,45 +332,52 @@ def defines_for(
         "INTER": config.intermediate_size,
         "HEADS": config.num_heads,
         "KV_HEADS": config.num_kv_heads,
-        "NUM_LAYERS": config.num_layers,
-        "CHUNK_TILES": chunk_tiles,
-        "MAX_CHUNKS": _MAX_CHUNKS,
+        "HEAD_DIM": config.head_dim,
     }
-
-
-def chunk_tiles(max_model_len: int) -> int:
-    """Tiles of a chunk of attention."""
-    chunks = max(1, math.ceil(max_model_len / (_MAX_CHUNKS * _CHUNK_TOKENS)))
-    return chunks * _CHUNK_TOKENS // _TILE_T
-
-
-def chunk_floats(config: ModelConfig) -> int:
-    """Of a chunk's result, CHUNK_FLOATS of the kernel."""
-    group = config.num_heads // config.num_kv_heads
-    return (_HEAD_DIM + 8) * (1 << (group - 1).bit_length())
 
 
 def num_partials(config: ModelConfig, num_blocks: int) -> int:
     """Floats of the partial sums of the product that has the most, at MAX_ROWS rows."""
-    return max(
-        features // _TILE_F * max_parts(features, depth, num_blocks) * _TILE_F * MAX_ROWS
-        for features, depth in _products(config)
-    )
+    most = 0
+    for features, inputs in _products(config):
+        tiles, depth = features // _TILE_F, inputs // _UNIT_C
+        units = tiles * depth
 
+        def owner(unit: int, units: int = units) -> int:
+            return ((unit + 1) * num_blocks - 1) // units
 
-def max_parts(features: int, depth: int, num_blocks: int) -> int:
-    """The most blocks that sum one tile of features, MAX_PARTS of the kernel."""
-    tiles, units = features // _TILE_F, depth // _UNIT_C
-
-    def owner(unit: int) -> int:
-        return ((unit + 1) * num_blocks - 1) // (tiles * units)
-
-    return max(owner((t + 1) * units - 1) - owner(t * units) + 1 for t in range(tiles))
+        parts = max(owner((t + 1) * depth - 1) - owner(t * depth) + 1 for t in range(tiles))
+        most = max(most, tiles * parts * _TILE_F * MAX_ROWS)
+    return most
 
 
 def _products(config: ModelConfig) -> tuple[tuple[int, int], ...]:
-    """(F, C) of each product of a layer."""
+    """(F, C) of each phase."""
     e, i = config.hidden_size, config.intermediate_size
     q_features = config.num_heads * config.head_dim
     qkv_features = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     return (e, q_features), (2 * i, e), (e, i), (qkv_features, e)
+
+
+def _padded(num_rows: int) -> int:
+    return next(rows for rows in ROWS if rows >= num_rows)
+
+
+def _encoded(matrix: Tensor, box_rows: int) -> TensorMap:
+    num_rows, num_columns = matrix.shape
+    tensor_map = checked(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            2,
+            matrix.data_ptr(),
+            [driver.cuuint64_t(num_columns), driver.cuuint64_t(num_rows)],
+            [driver.cuuint64_t(matrix.stride(0) * matrix.element_size())],
+            [driver.cuuint32_t(_UNIT_C), driver.cuuint32_t(box_rows)],
+            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return TensorMap.from_buffer_copy(ctypes.string_at(tensor_map.getPtr(), 128))

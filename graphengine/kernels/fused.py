@@ -138,20 +138,13 @@ def decode_chain(
     *,
     cos_sin: Tensor,
     block_size: int,
-    max_model_len: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> DecodeChain | None:
     """`reference.decode_chain`."""
-    if not DecodeChain.takes(config, dtype=dtype, block_size=block_size, device=device):
+    if not DecodeChain.takes(config, dtype=dtype, device=device):
         return None
-    return DecodeChain(
-        config,
-        cos_sin=cos_sin,
-        block_size=block_size,
-        max_model_len=max_model_len,
-        device=device,
-    )
+    return DecodeChain(config, cos_sin=cos_sin, block_size=block_size, device=device)
 
 
 def _splits(x: Tensor) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 // What a Hopper GPU can do that CUDA C++ has no word for: a function an instruction, or close to it.
-// PTX ISA 8: mbarrier, cp.async.bulk.tensor, wgmma, fence.proxy, and memory consistency. The tests
-// have another header of the same functions, which runs the kernel on a CPU.
+// PTX ISA 8: mbarrier, cp.async.bulk.tensor, wgmma, fence.proxy, griddepcontrol, and memory
+// consistency. The tests have another header of the same functions, which runs kernels on a CPU.
 //
-// NR is set when compiled: the columns of `multiply`. Consumers are 256 threads, two warpgroups.
+// Set when compiled: NR, the columns of `multiply`, and GRID, the blocks that wait for each other.
+// Consumers are 256 threads, two warpgroups.
 
 #pragma once
 
@@ -10,10 +11,10 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short bf16;
 
+
 struct alignas(64) TensorMap {
     u64 opaque[16];
 };
-
 
 #define SHARED_MEMORY(name) extern __shared__ char name[]
 
@@ -117,20 +118,6 @@ __device__ __forceinline__ void multiply(float (&sums)[NR / 2], u64 w, u64 x) {
                  : "l"(w), "l"(x));
 }
 
-// sums += 64 rows by 16, times 16 by 8 columns. IS_ACROSS: memory goes along the rows of the first.
-template <int IS_ACROSS>
-__device__ __forceinline__ void multiply_by_8(float (&sums)[4], u64 a, u64 b) {
-    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, "
-                 "1, 1, 1, %6, 0;"
-                 : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-                 : "l"(a), "l"(b), "n"(IS_ACROSS));
-}
-
-__device__ __forceinline__ void multiply_wait_8(float (&a)[4]) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;"
-                 : "+f"(a[0]), "+f"(a[1]), "+f"(a[2]), "+f"(a[3])::"memory");
-}
-
 __device__ __forceinline__ void multiply_begin() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -150,15 +137,6 @@ __device__ __forceinline__ void multiply_wait(float (&sums)[NR / 2]) {
 
 __device__ __forceinline__ void consumers_meet() {
     asm volatile("bar.sync 1, 256;" ::: "memory");
-}
-
-__device__ __forceinline__ void group_meets(int group) {
-    asm volatile("bar.sync %0, 128;" ::"r"(2 + group) : "memory");
-}
-
-// What this thread has written to shared memory can be read by wgmma.
-__device__ __forceinline__ void publish_to_tensor_cores() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 // What this thread has written by ordinary stores can be read by the copy engine.
@@ -231,36 +209,16 @@ __device__ __forceinline__ bf16 to_bf16(float value) {
     return rounded;
 }
 
-__device__ __forceinline__ float exp2_of(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-
-__device__ __forceinline__ void store_shared(u32 to, uint4 words) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words.x), "r"(words.y),
-                 "r"(words.z), "r"(words.w)
-                 : "memory");
-}
-
-__device__ __forceinline__ void store_shared(u32 to, bf16 value) {
-    asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(value) : "memory");
-}
-
 // The barriers that this thread has made can be used by all and by the copy engine.
 __device__ __forceinline__ void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
 }
 
-// A map in memory that may have held another.
-__device__ __forceinline__ void take_map(const TensorMap* map) {
-    asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
+// Programmatic dependent launch: until the kernel before has ended, and that the next one may start.
+__device__ __forceinline__ void wait_for_kernel_before() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// What follows from these is computed again where it is needed: kept through all phases, it would
-// take more registers than there are.
-__device__ __forceinline__ void forget(int& block, int& thread) {
-    asm volatile("" : "+r"(block), "+r"(thread));
+__device__ __forceinline__ void let_next_kernel_start() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
-

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from cuda.bindings import driver, nvrtc
 
 _CACHE = Path.home() / ".cache" / "graphengine" / "kernels"
@@ -42,14 +43,22 @@ class Kernel:
         checked(driver.cuFuncSetAttribute(self._function, attribute, size.value))
 
     def launch(
-        self, params: ctypes.Array[ctypes.c_char], *, num_blocks: int, stream: int
+        self, params: ctypes.Array[ctypes.c_char], *, num_blocks: int, stream: int, early: bool
     ) -> None:
-        """params: the kernel's only argument, read before this returns."""
+        """params: the kernel's only argument, read before this returns. early: it may start before
+        the kernel ahead of it in the stream has ended; it then waits itself."""
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = num_blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = self._num_threads, 1, 1
         config.sharedMemBytes = self._shared_bytes
         config.hStream = stream
+        if early:
+            ids = driver.CUlaunchAttributeID
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs = [attribute]
+            config.numAttrs = 1
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
 
@@ -68,7 +77,9 @@ def compiled(
     included = {header.name: header.read_text("utf-8") for header in headers}
     options = options_for(architecture, defines)
     version = checked(nvrtc.nvrtcVersion())
-    key = hashlib.sha256("\0".join((source, *included.values(), *options, str(version))).encode()).hexdigest()
+    key = hashlib.sha256(
+        "\0".join((source, *included.values(), *options, str(version))).encode()
+    ).hexdigest()
     cached = _CACHE / f"{path.stem}-{key[:32]}.cubin"
     with contextlib.suppress(OSError):
         return cached.read_bytes()
@@ -107,6 +118,15 @@ def compile_source(
     checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     checked(nvrtc.nvrtcDestroyProgram(program))
     return cubin, log
+
+
+def is_shared_by_mps(device: torch.device) -> bool:
+    """Whether processes run beside each other on a GPU, through CUDA's Multi-Process Service,
+    instead of in turns."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MPS_ENABLED
+    found = checked(driver.cuDeviceGetAttribute(attribute, checked(driver.cuDeviceGet(index))))
+    return bool(found)
 
 
 def checked(result: tuple[Any, ...]) -> Any:

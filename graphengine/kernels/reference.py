@@ -102,12 +102,11 @@ def decode_chain(
     *,
     cos_sin: Tensor,
     block_size: int,
-    max_model_len: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> DecodeChain | None:
-    """What runs all layers of a decode step of few rows at once, for the models and devices that
-    have it; None: the functions above, one by one. cos_sin: float32 [P, D]."""
+    """What runs all between two attentions of a decode step at once, for the models and devices
+    that have it; None: the functions above, one by one. cos_sin: float32 [P, D]."""
     return None
 
 

@@ -15,6 +15,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #define __device__
@@ -91,6 +92,7 @@ struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     int block, thread;
+    const char* where = "";
 };
 
 struct Machine {
@@ -106,7 +108,8 @@ struct Machine {
 };
 
 inline Machine machine;
-constexpr u64 MOST_TURNS = 400'000'000;
+// A step of the tests' takes a hundredth of it.
+constexpr u64 MOST_TURNS = 50'000'000;
 
 inline Fiber& fiber() { return machine.fibers[machine.current]; }
 inline Block& block() { return machine.blocks[fiber().block]; }
@@ -133,7 +136,14 @@ inline void land(Block& block, const Copy& copy) {
 inline void leave() {
     Machine& m = machine;
     if (++m.turns > MOST_TURNS) {
-        std::fprintf(stderr, "the kernel does not end\n");
+        std::map<std::string, int> waiting;
+        for (int i : m.runnable) {
+            const Fiber& f = m.fibers[i];
+            const char* role = f.thread < 256 ? "consumer" : f.thread == 256 ? "weights" : "inputs";
+            waiting["block " + std::to_string(f.block) + ", " + role + " at " + f.where]++;
+        }
+        std::fprintf(stderr, "the kernel does not end; threads that wait:\n");
+        for (auto& [what, count] : waiting) std::fprintf(stderr, "%s: %d\n", what.c_str(), count);
         std::abort();
     }
     for (Block& block : m.blocks)
@@ -244,19 +254,8 @@ struct Index {
 #define SHARED_MEMORY(name) char* const name = emulator::block().shared.data()
 
 inline void __syncthreads() { emulator::meet(0, 320); }
-inline void __syncwarp() { emulator::meet_warp(); }
 inline float __shfl_xor_sync(u32, float value, int lanes) {
     return emulator::exchange(value, (emulator::fiber().thread % 32) ^ lanes);
-}
-inline float __shfl_sync(u32, float value, int lane) { return emulator::exchange(value, lane); }
-inline bool __all_sync(u32, bool value) {
-    auto& slots = emulator::block().exchanged[emulator::fiber().thread / 32];
-    slots[emulator::fiber().thread % 32] = value;
-    emulator::meet_warp();
-    bool all = true;
-    for (u64 slot : slots) all &= slot != 0;
-    emulator::meet_warp();
-    return all;
 }
 template <typename T>
 inline T __ldcg(const T* from) {
@@ -293,6 +292,7 @@ inline void barrier_expect(u32 barrier, u32 bytes) {
     b.settle();
 }
 inline void barrier_wait(u32 barrier, u32 parity) {
+    emulator::fiber().where = "a barrier";
     while (emulator::block().barriers.at(barrier).phase == parity) emulator::leave();
 }
 inline void load_box(u32 to, const TensorMap* map, int c, int r, u32 barrier, u64) {
@@ -315,40 +315,33 @@ inline float element(u64 descriptor, u32 outer, u32 inner) {
     return __uint_as_float((u32)bits << 16);
 }
 
-template <bool IS_ACROSS, int COLUMNS>
 inline void multiply(float* sums, u64 a, u64 b) {
     const int warp = fiber().thread / 32 % 4, lane = fiber().thread % 32;
-    for (int i = 0; i < COLUMNS / 2; i++) {
+    for (int i = 0; i < NR / 2; i++) {
         const int row = warp * 16 + lane / 4 + i % 4 / 2 * 8;
         const int column = i / 4 * 8 + lane % 4 * 2 + i % 2;
         for (int k = 0; k < 16; k++)
-            sums[i] += (IS_ACROSS ? element(a, k, row) : element(a, row, k)) * element(b, column, k);
+            sums[i] += element(a, row, k) * element(b, column, k);
     }
 }
 
 }  // namespace emulator
 
-inline void multiply(float (&sums)[NR / 2], u64 w, u64 x) { emulator::multiply<false, NR>(sums, w, x); }
-template <int IS_ACROSS>
-inline void multiply_by_8(float (&sums)[4], u64 a, u64 b) {
-    emulator::multiply<IS_ACROSS, 8>(sums, a, b);
-}
+inline void multiply(float (&sums)[NR / 2], u64 w, u64 x) { emulator::multiply(sums, w, x); }
 // These keep the threads of a warp together, as the products themselves do.
-inline void multiply_wait_8(float (&)[4]) { emulator::meet_warp(); }
 inline void multiply_begin() { emulator::meet_warp(); }
 inline void multiply_commit() { emulator::meet_warp(); }
 inline void multiply_wait_but_last() { emulator::meet_warp(); }
 inline void multiply_wait(float (&)[NR / 2]) { emulator::meet_warp(); }
 
 inline void consumers_meet() { emulator::meet(1, 256); }
-inline void group_meets(int group) { emulator::meet(2 + group, 128); }
-inline void publish_to_tensor_cores() {}
 inline void publish_to_copy_engine() {}
 inline void publish_barriers() {}
-inline void take_map(const TensorMap*) {}
-inline void forget(int&, int&) {}
+inline void wait_for_kernel_before() {}
+inline void let_next_kernel_start() {}
 inline void grid_arrive(u32* counter) { ++*counter; }
 inline void grid_wait(const u32* counter) {
+    emulator::fiber().where = "a counter";
     while (*(const volatile u32*)counter < GRID) emulator::leave();
 }
 
@@ -356,6 +349,7 @@ constexpr u32 EMPTY = 0xFFFFFFFF;
 inline void put_part(float* to, float sum) { std::memcpy(to, &sum, 4); }
 template <typename Bits>
 inline Bits look_at(const Bits* from) {
+    emulator::fiber().where = "a part";
     emulator::leave();
     return *(const Bits*)from;
 }
@@ -376,6 +370,3 @@ inline bf16 to_bf16(float value) {
     bits += 0x7FFF + (bits >> 16 & 1);
     return (bf16)(bits >> 16);
 }
-inline float exp2_of(float x) { return std::exp2(x); }
-inline void store_shared(u32 to, uint4 words) { std::memcpy(emulator::at(to), &words, 16); }
-inline void store_shared(u32 to, bf16 value) { std::memcpy(emulator::at(to), &value, 2); }
