@@ -18,7 +18,7 @@
 // multiprocessor. PTX ISA 8: mbarrier, cp.async.bulk.tensor, wgmma, griddepcontrol; the
 // layout of wgmma's accumulators and of its shared-memory descriptors is from there.
 //
-// Set when compiled: NR (rows, padded: 8, 16, 32 or 64), GRID, HIDDEN, INTER, HEADS, KV_HEADS,
+// Set when compiled: NR (rows, padded: 8, 16 or 32), GRID, HIDDEN, INTER, HEADS, KV_HEADS,
 // HEAD_DIM. Letters: N rows, F output features, C input features.
 
 #include <hopper.cuh>
@@ -28,7 +28,7 @@ constexpr int UNIT_C = 64;
 constexpr int W_BYTES = TILE_F * UNIT_C * 2;
 constexpr int X_BYTES = NR * UNIT_C * 2;
 constexpr int X_STAGES = 8;
-constexpr int W_STAGES = NR == 64 ? 10 : NR == 32 ? 12 : 13;
+constexpr int W_STAGES = NR == 32 ? 12 : 13;
 constexpr int CONSUMERS = 256;  // two warpgroups, 64 features of a tile each
 constexpr int WARPS = CONSUMERS / 32;
 constexpr int COUNTER_STRIDE = 32;  // a 128-byte line each
