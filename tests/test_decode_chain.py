@@ -51,7 +51,6 @@ def config(**changes: object) -> ModelConfig:
         "head_dim": 128,
         "rms_norm_eps": EPS,
         "rope": RopeConfig("default", 10000.0),
-        "sliding_windows": (None,) * 3,
         "qkv_bias": False,
         "o_bias": False,
         "mlp_bias": False,
@@ -62,7 +61,9 @@ def config(**changes: object) -> ModelConfig:
         "eos_token_ids": (0,),
         "bos_token_id": None,
     }
-    return ModelConfig(**(fields | changes))  # type: ignore[arg-type]
+    fields |= changes
+    windows = (None,) * int(str(fields["num_layers"]))
+    return ModelConfig(**fields, sliding_windows=windows)  # type: ignore[arg-type]
 
 
 CONFIGS = {
