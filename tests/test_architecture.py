@@ -48,6 +48,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "attention.reference",
         "kernels",
         "kernels.decode_chain",
+        "kernels.exclusive",
         "kernels.fused",
         "kernels.fused_linear",
         "kernels.fused_sampling",

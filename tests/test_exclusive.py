@@ -1,4 +1,4 @@
-"""Can two engines of one process never launch, at once, kernels whose blocks wait for each other?"""
+"""Do engines of one process never launch kernels whose blocks wait for each other at once?"""
 
 from __future__ import annotations
 
