@@ -50,7 +50,9 @@ class LLM:
     """A model ready to generate. Options are EngineConfig's fields.
 
     Raises GraphEngineError, as one of its kinds, for whatever a user can fix. Not thread-safe: one
-    generate or stream at a time. Close it, or use it as a context manager, to free the device.
+    generate or stream at a time; of all the LLMs of a process on one GPU too, where the model
+    decodes by kernels that need the GPU for themselves (see kernels.exclusive). Close it, or use it
+    as a context manager, to free the device.
     """
 
     def __init__(self, model: str, **options: object) -> None:

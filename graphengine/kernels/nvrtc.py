@@ -125,8 +125,8 @@ def is_shared_by_mps(device: torch.device) -> bool:
     instead of in turns."""
     index = torch.cuda.current_device() if device.index is None else device.index
     attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MPS_ENABLED
-    found = checked(driver.cuDeviceGetAttribute(attribute, checked(driver.cuDeviceGet(index))))
-    return bool(found)
+    status, found = driver.cuDeviceGetAttribute(attribute, checked(driver.cuDeviceGet(index)))
+    return int(status) == 0 and bool(found)  # an old driver does not know the attribute
 
 
 def checked(result: tuple[Any, ...]) -> Any:
