@@ -89,7 +89,7 @@ def test_packages_and_their_data_are_listed() -> None:
         found = set((ROOT / "graphengine").glob(pattern))
         assert found, pattern
         data |= found
-    assert set((ROOT / "graphengine").rglob("*.cu")) <= data
+    assert set((ROOT / "graphengine").rglob("*.cu*")) <= data
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
