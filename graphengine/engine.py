@@ -93,6 +93,7 @@ class LLM:
         )
         self._is_streaming = False
         self._is_closed = False
+        self._exclusive = contextlib.ExitStack()  # the device, while this LLM streams
         self._start_run()
 
     # --- what a caller uses
@@ -172,7 +173,8 @@ class LLM:
         if isinstance(requests, (str, Mapping, Request)):
             requests = [requests]  # one prompt, not its letters or keys
         # Entered before anything is launched, left when the device is done with all.
-        with self._runner.exclusive():
+        with self._exclusive:
+            self._exclusive.enter_context(self._runner.exclusive())
             yield from self._stream(requests, sampling_params or SamplingParams())
 
     def _stream(
@@ -234,6 +236,7 @@ class LLM:
             self._trace.close()
         self._runner.close()
         del self._runner
+        self._exclusive.close()  # a stream that nobody ends holds the device no longer
         if self._resolved.device.type == "cuda":
             import torch
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from graphengine import LLM, SamplingParams
+from graphengine.errors import CapacityError
 from graphengine.kernels.exclusive import held
 from graphengine.model import DecoderModel
 
@@ -45,3 +46,32 @@ def test_second_engine_is_refused_while_the_first_streams(monkeypatch: pytest.Mo
         next(left)
         left.close()
         assert len(first.generate(PROMPTS, params)) == len(PROMPTS)
+
+
+def test_engine_closed_in_mid_stream_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stream is still there, unfinished, and ends later without taking what is another's."""
+    monkeypatch.setattr(DecoderModel, "exclusive", lambda self: held(CPU))
+    first = LLM("demo", device="cpu")
+    left = first.stream(PROMPTS, SamplingParams(max_tokens=4))
+    next(left)
+    first.close()
+    with LLM("demo", device="cpu") as second:
+        stream = second.stream(PROMPTS, SamplingParams(max_tokens=4))
+        next(stream)
+        with pytest.raises(RuntimeError, match="closed while it streamed"):
+            list(left)
+        with pytest.raises(RuntimeError, match="another LLM of this process"), held(CPU):
+            pass
+        assert len(list(stream)) == len(PROMPTS) - 1
+
+
+def test_engine_that_cannot_be_made_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DecoderModel, "exclusive", lambda self: held(CPU))
+    with pytest.raises(CapacityError):
+        LLM("demo", device="cpu", num_gpu_blocks_override=1)
+    with monkeypatch.context() as broken:
+        broken.setattr("graphengine.build.make_streams", lambda device: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            LLM("demo", device="cpu")
+    with held(CPU):
+        pass
