@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,24 @@ def test_another_compiler_compiles_anew(
 def test_cache_that_cannot_be_written_costs_time_only(cache: Path, source: Path) -> None:
     cache.write_text("a file where the folder should be")
     assert compiled(source).startswith(b"\x7fELF")
+
+
+def test_user_without_a_home_has_no_cache(source: Path, tmp_path: Path) -> None:
+    """As in a container that runs under a number without a name."""
+    code = f"""
+        import os, pwd
+        from pathlib import Path
+        del os.environ["HOME"]
+        pwd.getpwuid = lambda uid: {{}}["no such user"]
+        os.chdir({str(tmp_path)!r})
+        from graphengine.kernels import nvrtc
+        cubin = nvrtc.compiled(Path({str(source)!r}), architecture="sm_90a", defines={{"VALUE": 1}})
+        print(cubin[:4])"""
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
+    )
+    assert run.stdout == "b'\\x7fELF'\n", run.stderr
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_source_that_does_not_compile_tells_the_line(cache: Path, source: Path) -> None:

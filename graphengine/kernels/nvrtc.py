@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from cuda.bindings import driver, nvrtc
 
-_CACHE = Path.home() / ".cache" / "graphengine" / "kernels"
+_CACHE = Path("~/.cache/graphengine/kernels")
 
 
 class CompileError(RuntimeError):
@@ -81,15 +81,16 @@ def compiled(
         "\0".join((source, *included.values(), *options, str(version))).encode()
     ).hexdigest()
     cached = _CACHE / f"{path.stem}-{key[:32]}.cubin"
-    with contextlib.suppress(OSError):
-        return cached.read_bytes()
+    # Without a cache every start compiles: slower, and nothing is lost. RuntimeError: no home.
+    with contextlib.suppress(OSError, RuntimeError):
+        return cached.expanduser().read_bytes()
     cubin, _ = compile_source(source, path.name, options, included)
-    # Without a cache every start compiles: slower, and nothing is lost.
-    with contextlib.suppress(OSError):
-        _CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=_CACHE, delete=False) as file:
+    with contextlib.suppress(OSError, RuntimeError):
+        folder = _CACHE.expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             file.write(cubin)
-        os.replace(file.name, cached)
+        os.replace(file.name, folder / cached.name)
     return cubin
 
 
