@@ -212,8 +212,8 @@ def account(events: Sequence[KernelEvent], num_steps: int, floors: StepFloors) -
 
 
 def _parts(counted: Sequence[KernelEvent], num_steps: int, floors: StepFloors) -> list[str]:
-    """Products by their place in the step, where there are as many as the model has; a step whose
-    layers are one kernel has the head's alone. Otherwise they stay "product", without a floor."""
+    """Products by their place in the step, where there are as many as the model has; a step that
+    runs as a chain has the head's alone. Otherwise they stay "product", without a floor."""
     parts = [part_of(event.name) for event in counted]
     num_layers = floors.config.num_layers
     names = {

@@ -140,9 +140,7 @@ class Case:
         shape = (c.num_layers, 2, NUM_BLOCKS, BLOCK_SIZE, c.num_kv_heads, d)
         self.kv = randn(*shape)
         host = torch.Generator().manual_seed(self.seed)
-        count = (
-            decode_chain.MAX_ROWS
-        )  # whatever num_rows is, so that a row is the same in each case
+        count = decode_chain.MAX_ROWS  # of any case, so that a row is the same in each
         slots = torch.randperm(NUM_BLOCKS * BLOCK_SIZE, generator=host)[:count]
         n = self.num_rows
         self.slots = slots[:n].to(device)
