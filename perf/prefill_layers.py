@@ -22,11 +22,11 @@ from graphengine.kv_cache import KVCache
 from graphengine.model import DecoderModel
 from graphengine.model_config import load_model_config
 from graphengine.weights import dummy_weights
+from perf.kernel_accounts import FLOPS_PER_S
 from perf.prefill_inputs import BLOCK_SIZE, attention_flops, prefill_metadata_of, time_us
 from perf.shapes import SHAPES
 
 BYTES_PER_S = 4.47e12
-FLOPS_PER_S = 790e12
 LAYERS = 4
 
 

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 if sys.platform != "linux":
     pytest.skip("cuda-bindings is for Linux here, as in torch", allow_module_level=True)
@@ -87,3 +88,11 @@ def test_source_that_does_not_compile_tells_the_line(cache: Path, source: Path) 
     with pytest.raises(nvrtc.CompileError, match=r'fill.cu\(2\): error: .*"nothing"'):
         compiled(source)
     assert not cache.exists()
+
+
+def test_memory_that_runs_out_is_told_apart() -> None:
+    """A user can free some: `build_runner` looks for this error, not for CompileError."""
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA_ERROR_OUT_OF_MEMORY"):
+        nvrtc.checked((nvrtc.driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY,))
+    with pytest.raises(nvrtc.CompileError, match="CUDA_ERROR_INVALID_IMAGE"):
+        nvrtc.checked((nvrtc.driver.CUresult.CUDA_ERROR_INVALID_IMAGE,))

@@ -132,10 +132,11 @@ def is_shared_by_mps(device: torch.device) -> bool:
 
 def checked(result: tuple[Any, ...]) -> Any:
     """What a function of cuda-bindings gave beside its status. Raises CompileError for another
-    status than success."""
+    status than success, and torch.OutOfMemoryError, as torch does, where memory ran out."""
     status, *values = result
     if int(status) != 0:
-        raise CompileError(f"a CUDA function failed: {status.name} ({int(status)})")
+        kind = torch.OutOfMemoryError if status.name.endswith("OUT_OF_MEMORY") else CompileError
+        raise kind(f"a CUDA function failed: {status.name} ({int(status)})")
     if not values:
         return None
     return values[0] if len(values) == 1 else tuple(values)
