@@ -1,7 +1,7 @@
 """How does CUDA C++ become a kernel that can be launched? NVRTC, with its output kept on disk.
 
 What is compiled is kept in the user's cache folder, so that only the first start ever pays for it
-(under a second a kernel). The driver's and NVRTC's functions are called through cuda-bindings, on
+(a second or two a kernel). The driver's and NVRTC's functions are called through cuda-bindings, on
 which torch's own CUDA builds depend.
 """
 
@@ -127,7 +127,8 @@ def is_shared_by_mps(device: torch.device) -> bool:
     index = torch.cuda.current_device() if device.index is None else device.index
     attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MPS_ENABLED
     status, found = driver.cuDeviceGetAttribute(attribute, checked(driver.cuDeviceGet(index)))
-    return int(status) == 0 and bool(found)  # an old driver does not know the attribute
+    # A driver that does not know the attribute may have the service all the same.
+    return int(status) != 0 or bool(found)
 
 
 def checked(result: tuple[Any, ...]) -> Any:
