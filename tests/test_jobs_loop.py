@@ -489,6 +489,21 @@ def test_busy_share_is_of_the_time_with_rows_and_tokens_are_of_rows(
     assert (worker.num_rows, worker.output_tokens, worker.running_tokens) == (3, 35, 5)
 
 
+def test_bar_outlives_a_worker_that_dies_while_it_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    (worker,) = pool([None]).workers
+    worker.take_ready()
+    worker.usage = workers.Usage(output_tokens=30, gpu_busy=0.75)
+    worker.in_flight = {0: Task(0, "0")}
+
+    def die() -> float:
+        worker.ready_s, worker.usage = None, workers.Usage()
+        return 100.0
+
+    worker.ready_s = 96.0
+    monkeypatch.setattr(workers.time, "perf_counter", die)
+    assert worker.activity() == (4.0, 3.0)
+
+
 def test_rows_of_two_deaths_are_suspects_and_of_one_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
