@@ -27,7 +27,7 @@ class EngineConfig:
     tokenizer: directory or hub id; None takes the model's. skip_tokenizer_init: token ids only.
     dtype: "auto" is the checkpoint's on CUDA and float32 on the CPU. device: "auto" prefers CUDA.
     attention: "auto" is "flash" on CUDA (an error without flash-attn) and "reference" on the CPU.
-    "flash4" prefills with flash-attn 4, on Hopper: faster for long prompts, seconds more to start.
+    "flash4" prefills with flash-attn 4, on Hopper: meant for long prompts, gain not measured yet.
     load_format: "dummy" gives seeded random weights and reads config.json only.
     max_model_len: tokens of prompt and output together; None takes the model's limit.
     max_num_seqs: sequences running at once, the largest decode bucket; at most MAX_NUM_SEQS.

@@ -25,6 +25,10 @@ class CapacityError(GraphEngineError):
     """The memory granted is too small for what must fit in it."""
 
 
+class BusyError(GraphEngineError):
+    """Another LLM of this process has the GPU, and its kernels need it for themselves."""
+
+
 class RequestError(GraphEngineError):
     """One request is refused: its prompt or its sampling parameters. Other requests go on."""
 

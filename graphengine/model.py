@@ -115,7 +115,7 @@ class DecoderModel(nn.Module):
         return chain.end(attended, layers[-1], self.norm)
 
     def exclusive(self) -> AbstractContextManager[None]:
-        """Within it the model may decode. Raises RuntimeError where another of this process does,
+        """Within it the model may decode. Raises BusyError where another of this process does,
         if blocks of the two could wait for each other: see `kernels.exclusive`."""
         if self._chain is None:
             return contextlib.nullcontext()

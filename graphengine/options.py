@@ -29,7 +29,7 @@ Attention = Annotated[
     str,
     typer.Option(
         metavar="|".join(ATTENTION),
-        help="auto: flash on CUDA, reference on the CPU. flash4: for long prompts, on Hopper.",
+        help="auto: flash on CUDA, reference on the CPU. flash4: long prompts, Hopper, untried.",
     ),
 ]
 LoadFormat = Annotated[

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphengine import LLM, SamplingParams
-from graphengine.errors import CapacityError
+from graphengine.errors import BusyError, CapacityError
 from graphengine.kernels.exclusive import held
 from graphengine.model import DecoderModel
 
@@ -17,7 +17,7 @@ PROMPTS = ["12+30=", "7+8=", "100+1="]
 def test_device_is_held_by_one_at_a_time() -> None:
     with held(CPU):
         with (
-            pytest.raises(RuntimeError, match="another LLM of this process is running on cpu"),
+            pytest.raises(BusyError, match="another LLM of this process is running on cpu"),
             held(CPU),
         ):
             pass
@@ -36,9 +36,9 @@ def test_second_engine_is_refused_while_the_first_streams(monkeypatch: pytest.Mo
     with LLM("demo", device="cpu") as first, LLM("demo", device="cpu") as second:
         stream = first.stream(PROMPTS, params)
         next(stream)
-        with pytest.raises(RuntimeError, match="another LLM of this process"):
+        with pytest.raises(BusyError, match="another LLM of this process"):
             second.generate(PROMPTS, params)
-        with pytest.raises(RuntimeError, match="another LLM of this process"):
+        with pytest.raises(BusyError, match="another LLM of this process"):
             LLM("demo", device="cpu")
         assert len(list(stream)) == len(PROMPTS) - 1
         assert len(second.generate(PROMPTS, params)) == len(PROMPTS)
@@ -60,7 +60,7 @@ def test_engine_closed_in_mid_stream_holds_nothing(monkeypatch: pytest.MonkeyPat
         next(stream)
         with pytest.raises(RuntimeError, match="closed while it streamed"):
             list(left)
-        with pytest.raises(RuntimeError, match="another LLM of this process"), held(CPU):
+        with pytest.raises(BusyError, match="another LLM of this process"), held(CPU):
             pass
         assert len(list(stream)) == len(PROMPTS) - 1
 

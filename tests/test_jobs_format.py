@@ -249,6 +249,20 @@ def test_config_that_cannot_be_is_refused(options: dict[str, Any], error: str) -
         job(**options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prompt_column": "q"},
+        {"messages_column": "q"},
+        {"template": "{{q}}"},
+        {"sampling": {"stop": ("x",)}},
+    ],
+)
+def test_without_a_tokenizer_no_option_may_ask_for_text(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="needs a tokenizer; leave out --skip-tokenizer-init"):
+        job(engine={"skip_tokenizer_init": True}, **options)
+
+
 def test_every_column_of_the_output_is_reserved() -> None:
     record = RowFormat(job(token_ids=True), None).record(Task(0, "0"), RESULT)
     assert set(record) == set(COLUMNS)

@@ -66,7 +66,7 @@ def test_job_on_two_workers_of_one_or_two_gpus_ends_on_one(tmp_path: Path) -> No
     options = ("--device=cuda", "--dtype=float32", "--attention=reference")
     # Small batches keep the first worker busy until one that shares its GPU has started.
     load, calm = (
-        write_load("demo", tmp_path, num_rows=10_000, max_num_seqs=size, options=options)
+        write_load("demo", tmp_path, num_rows=6_000, max_num_seqs=size, options=options)
         for size in (4, 256)
     )
     summary, share = run_and_lose_a_worker(load, calm, tmp_path)

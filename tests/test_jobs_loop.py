@@ -489,6 +489,54 @@ def test_busy_share_is_of_the_time_with_rows_and_tokens_are_of_rows(
     assert (worker.num_rows, worker.output_tokens, worker.running_tokens) == (3, 35, 5)
 
 
+def test_bar_outlives_a_worker_that_dies_while_it_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    (worker,) = pool([None]).workers
+    worker.take_ready()
+    worker.usage = workers.Usage(output_tokens=30, gpu_busy=0.75)
+    worker.in_flight = {0: Task(0, "0")}
+
+    def die() -> float:
+        worker.ready_s, worker.usage = None, workers.Usage()
+        return 100.0
+
+    worker.ready_s = 96.0
+    monkeypatch.setattr(workers.time, "perf_counter", die)
+    assert worker.activity() == (4.0, 3.0)
+
+
+def test_job_is_not_over_while_any_row_waits_or_runs() -> None:
+    job = job_of(pool([None, None]))
+    assert not job._is_over(), "the input is not read"
+    job._is_read = True
+    assert job._is_over()
+    for waiting in (job._returned, job._ahead, job._suspects):
+        waiting.append(Task(0, "0"))
+        assert not job._is_over()
+        waiting.clear()
+    job._pool.workers[1].in_flight[0] = Task(0, "0")
+    assert not job._is_over()
+
+
+def test_worker_set_apart_has_no_share_of_the_last_rows() -> None:
+    job = job_of(pool([None, None]))
+    job._is_read = True
+    job._ahead.extend(Task(index, str(index), "p") for index in range(1, 9))
+    job._pool.workers[0].in_flight[0] = Task(0, "0", num_deaths=loop._DEATHS_TO_SUSPECT)
+    assert hand_out_all(job) == [1, 8]
+
+
+def test_fed_busy_share_is_the_last_told_while_rows_were_left() -> None:
+    job = job_of(pool([None]))
+    (worker,) = job._pool.workers
+    for waiting, busy in ((job._ahead, 0.75), (job._returned, 0.5)):
+        waiting.append(Task(0, "0"))
+        job._take(workers.Event(worker, {"stats": [1, busy]}))
+        waiting.clear()
+        job._take(workers.Event(worker, {"stats": [2, 0.25]}))
+        assert worker.fed_busy == busy
+        assert worker.usage == workers.Usage(2, 0.25)
+
+
 def test_rows_of_two_deaths_are_suspects_and_of_one_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

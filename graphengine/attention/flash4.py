@@ -1,4 +1,4 @@
-"""How does a prefill run faster on Hopper? FlashAttention 4; decoding stays with `flash`.
+"""How does a prefill run by FlashAttention 4, on Hopper? Decoding stays with `flash`.
 
 flash-attn 4 (package flash-attn-4, module flash_attn.cute) is compiled when it is first called: the
 import and that take seconds of a start, so nobody gets it without asking. What a kernel is compiled

@@ -72,6 +72,14 @@ class JobConfig:
         given = [name for name, value in sources.items() if value is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} each make a prompt; give one of them")
+        if self.engine.skip_tokenizer_init:
+            # Every row would be an error.
+            texts = given + ["--stop"] * bool(self.sampling.stop)
+            if texts:
+                raise ConfigError(
+                    f"{texts[0]} needs a tokenizer; leave out --skip-tokenizer-init, or give rows "
+                    "with prompt_token_ids, and --stop-token-ids"
+                )
         if self.order not in ORDERS:
             raise ConfigError(f"--order is {self.order!r}; choose one of {', '.join(ORDERS)}")
         if self.workers is not None and self.workers < 1:

@@ -117,6 +117,7 @@ def job_stats(
 
 def _worker_stats(worker: Worker, since_s: float) -> WorkerStats:
     activity = worker.activity()
+    ready_s, last_result_s = worker.ready_s, worker.last_result_s  # see Worker.activity
     return WorkerStats(
         number=worker.number,
         device=worker.device,
@@ -125,8 +126,8 @@ def _worker_stats(worker: Worker, since_s: float) -> WorkerStats:
         output_tokens=worker.output_tokens,
         gpu_busy=None if activity is None else activity[1] / activity[0],
         fed_gpu_busy=worker.fed_busy,
-        ready_s=None if worker.ready_s is None else worker.ready_s - since_s,
-        last_result_s=None if worker.last_result_s is None else worker.last_result_s - since_s,
+        ready_s=None if ready_s is None else ready_s - since_s,
+        last_result_s=None if last_result_s is None else last_result_s - since_s,
     )
 
 

@@ -106,11 +106,13 @@ class Worker:
         """Seconds in which it had rows, from ready to its last result, and those of them in which
         the GPU was busy. None while no process of it has told of a GPU."""
         active_s, busy_s = self._earlier_active_s, self._earlier_busy_s
-        if self.usage.gpu_busy is not None and self.ready_s is not None:
+        # Read once: the progress bar's thread asks too, and the process may be gone meanwhile.
+        gpu_busy, ready_s = self.usage.gpu_busy, self.ready_s
+        if gpu_busy is not None and ready_s is not None:
             until_s = time.perf_counter() if self.in_flight else self.last_result_s
-            since_ready_s = max(0.0, (until_s or self.ready_s) - self.ready_s)
+            since_ready_s = max(0.0, (until_s or ready_s) - ready_s)
             active_s += since_ready_s
-            busy_s += self.usage.gpu_busy * since_ready_s
+            busy_s += gpu_busy * since_ready_s
         return (active_s, busy_s) if active_s > 0.0 else None
 
     def forget_process(self) -> None:

@@ -2,7 +2,8 @@
 
 Such a kernel needs all multiprocessors of its GPU for itself. Two of them at once, on two streams,
 could each get some and wait for the rest for ever. Processes take turns on a GPU, so it is enough
-that the engines of one process do.
+that the engines of one process do; where CUDA's Multi-Process Service lets processes run beside
+each other, no such kernels are used (`DecodeChain.takes`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 
 import torch
 
+from graphengine.errors import BusyError
+
 _lock = threading.Lock()
 # GPUs in use. Of the process, not of an engine: that is what it is about.
 _held: set[torch.device] = set()
@@ -20,10 +23,10 @@ _held: set[torch.device] = set()
 
 @contextlib.contextmanager
 def held(device: torch.device) -> Iterator[None]:
-    """Has `device` for the time of a with block. Raises RuntimeError if it is in use."""
+    """Has `device` for the time of a with block. Raises BusyError if it is in use."""
     with _lock:
         if device in _held:
-            raise RuntimeError(
+            raise BusyError(
                 f"another LLM of this process is running on {device}; let it end or close it "
                 "first, or give each a process of its own"
             )
