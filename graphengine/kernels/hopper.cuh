@@ -2,15 +2,14 @@
 // PTX ISA 8: mbarrier, cp.async.bulk.tensor, wgmma, fence.proxy, griddepcontrol, and memory
 // consistency. The tests have another header of the same functions, which runs kernels on a CPU.
 //
-// Set when compiled: NR, the columns of `multiply`, and GRID, the blocks that wait for each other.
-// Consumers are 256 threads, two warpgroups.
+// Set when compiled: GRID, the blocks of the launch, and, for a kernel that multiplies by wgmma, NR,
+// the columns of `multiply`. Its consumers are 256 threads, two warpgroups.
 
 #pragma once
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short bf16;
-
 
 struct alignas(64) TensorMap {
     u64 opaque[16];
@@ -98,6 +97,7 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 #define SHAPE "m64n32k16"
 #endif
 
+#ifdef NR
 // sums += 64 features by 16 of C, times 16 of C by NR rows.
 __device__ __forceinline__ void multiply(float (&sums)[NR / 2], u64 w, u64 x) {
     asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32.bf16.bf16 " ACCUMULATORS ", " INPUTS
@@ -122,6 +122,7 @@ __device__ __forceinline__ void multiply_wait_but_last() {
 __device__ __forceinline__ void multiply_wait(float (&sums)[NR / 2]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" : OPERANDS(sums)::"memory");
 }
+#endif
 
 __device__ __forceinline__ void consumers_meet() {
     asm volatile("bar.sync 1, 256;" ::: "memory");
@@ -195,6 +196,80 @@ __device__ __forceinline__ bf16 to_bf16(float value) {
     bf16 rounded;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
     return rounded;
+}
+
+// Two floats as bfloat16, `low` in the low half.
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// 16 bytes from global to shared memory, past the L1 cache, or zeros where `bytes` is 0: this
+// thread's copies since the last commit make a group.
+__device__ __forceinline__ void copy_16(u32 to, const void* from, u32 bytes) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copies_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Until all of this thread's groups have landed but the last PENDING.
+template <int PENDING>
+__device__ __forceinline__ void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Four matrices of 8 x 8 bfloat16. Lane i gives the address of row i % 8 of matrix i / 8; it gets
+// two neighbours of row i / 4 of each, and of the transposed one with load_transposed.
+__device__ __forceinline__ void load_matrices(u32 (&m)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+__device__ __forceinline__ void load_transposed(u32 (&m)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// A matrix of 8 x 8 bfloat16, as a warp holds it.
+__device__ __forceinline__ u32 transposed(u32 m) {
+    u32 t;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(t) : "r"(m));
+    return t;
+}
+
+// sums [16, 8] += a [16, 16] times b [16, 8], as a warp holds them.
+__device__ __forceinline__ void multiply_16x8(
+    float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// How many had arrived before. What was written before others arrived can be read by who is last.
+__device__ __forceinline__ u32 arrive(u32* counter, u32 count) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(counter), "r"(count)
+                 : "memory");
+    return before;
 }
 
 // The barriers that this thread has made can be used by all and by the copy engine.

@@ -1,0 +1,566 @@
+// Attention of a decode step of few rows through the paged cache. See decode_attention.py for what
+// it computes and when it is used.
+//
+// One query a sequence is bound by the reading of keys and values, and what a kernel of its own
+// loses is its start and its drain. Here a fixed number of blocks, as many as a GPU holds at once,
+// take equal, contiguous shares of all tiles of the step: rows, of each its kv heads, of each its
+// tiles of tokens. Keys and values are copied some strips ahead through a ring of shared memory,
+// across all borders, and the first of them before the kernel ahead has ended: those of tokens that
+// are older than the step. Each warp has its own 16 tokens of a tile and its own ring, so warps meet
+// at the ends of segments only.
+//
+// A segment is some tiles of a row: how many follows from the row's own length. Its warps' sums are
+// put together, in their order, and then the segments of a row, in theirs. A block that has a row's
+// first segments adds them up itself; the others are written out in float32, and the block that
+// arrives last adds them. So no bit of a row depends on who took what, or on the other rows.
+//
+// The products are transposed: K [tokens, D] times Q^T, V^T times P^T, so that the query heads of a
+// kv head are eight columns, not sixteen rows, and a warp's sums fill half as many registers. The
+// online softmax is FlashAttention's (Dao et al., 2022). PTX ISA 8: cp.async, ldmatrix, mma,
+// movmatrix, griddepcontrol; what a lane holds of a matrix is from there.
+//
+// Set when compiled: GRID, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, STAGES, WARPS, MAX_SEGMENTS,
+// BLOCKS_PER_SM. Letters: N rows, D head dim.
+
+#include <hopper.cuh>
+
+constexpr int THREADS = WARPS * 32;
+constexpr int STRIP = 16;  // tokens of a tile that are one warp's
+constexpr int TILE = WARPS * STRIP;
+constexpr int GROUP = HEADS / KV_HEADS;
+constexpr int COLUMNS = (GROUP + 7) / 8;  // eight query heads each
+constexpr int STEPS = HEAD_DIM / 16;
+constexpr int TOKEN_BYTES = HEAD_DIM * 2;
+constexpr int STRIP_BYTES = STRIP * TOKEN_BYTES;
+constexpr int MAX_ROWS = 32;  // a lane each
+
+// Sums of a warp in shared memory: a query head's are 8 banks from those of the next but one.
+constexpr int PITCH = HEAD_DIM + 4;
+// Results of a segment: each thread has some of them.
+constexpr int RESULTS = GROUP * HEAD_DIM;
+constexpr int SHARE = (RESULTS + THREADS - 1) / THREADS;
+
+static_assert(HEADS % KV_HEADS == 0 && GROUP <= 16 && (HEAD_DIM == 64 || HEAD_DIM == 128) &&
+                  BLOCK_SIZE % TILE == 0 && STAGES >= 3,
+              "see decode_attention.py");
+
+struct Params {
+    const bf16* q;        // [N, HEADS, HEAD_DIM]
+    const bf16* k_cache;  // [blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM]
+    const bf16* v_cache;
+    bf16* out;  // [N, HEADS, HEAD_DIM]
+    const int* block_tables;
+    const int* context_lens;
+    float* partials;  // [N, KV_HEADS, MAX_SEGMENTS, GROUP, HEAD_DIM]
+    float2* stats;    // [N, KV_HEADS, MAX_SEGMENTS, GROUP]: largest score and mass
+    int* prefixes;    // [N, KV_HEADS]: segments in the first partial
+    u32* arrivals;    // zeros before and after; [N, KV_HEADS]: segments written
+    long long q_stride, k_block_stride, k_slot_stride, v_block_stride, v_slot_stride;
+    long long table_stride;
+    float scale;  // of scores, for powers of two
+    int num_rows;
+};
+
+constexpr int RING_BYTES = WARPS * STAGES * STRIP_BYTES;
+constexpr int PARTS_BYTES = WARPS * GROUP * PITCH * 4;
+constexpr int STATS_BYTES = WARPS * GROUP * 8;
+constexpr int SHARED_BYTES = RING_BYTES + PARTS_BYTES + STATS_BYTES + 16;
+
+__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xFF800000); }
+
+// --- the cut
+
+// A tile of the list. The same in all lanes of a warp.
+struct Place {
+    int position;  // in the list
+    int row, head, tile;
+    int length, num_tiles;  // of the row
+    int per_segment;        // tiles
+
+    __device__ __forceinline__ bool is_item_end() const { return tile + 1 == num_tiles; }
+    __device__ __forceinline__ bool is_segment_end() const {
+        return is_item_end() || (tile + 1) % per_segment == 0;
+    }
+    __device__ __forceinline__ int num_segments() const {
+        return (num_tiles + per_segment - 1) / per_segment;
+    }
+};
+
+// The list of all tiles. Lane n knows of row n.
+struct Tiles {
+    int length, before, after;  // tiles of a kv head: of the rows before, and with this one's
+    int total, longest;
+
+    __device__ __forceinline__ Tiles(const Params& p, int lane) {
+        length = lane < p.num_rows ? p.context_lens[lane] : 0;
+        const int own = (length + TILE - 1) / TILE;
+        after = own;
+        longest = own;
+#pragma unroll
+        for (int lanes = 1; lanes < 32; lanes *= 2) {
+            const int others = __shfl_up_sync(~0u, after, lanes);
+            if (lane >= lanes) after += others;
+            longest = max(longest, __shfl_xor_sync(~0u, longest, lanes));
+        }
+        before = after - own;
+        total = __shfl_sync(~0u, after, 31) * KV_HEADS;
+    }
+
+    // position < total
+    __device__ __forceinline__ Place at(int position) const {
+        Place place;
+        place.position = position;
+        place.row = __popc(__ballot_sync(~0u, after * KV_HEADS <= position));
+        place.length = __shfl_sync(~0u, length, place.row);
+        place.num_tiles = (place.length + TILE - 1) / TILE;
+        place.per_segment = (place.num_tiles + MAX_SEGMENTS - 1) / MAX_SEGMENTS;
+        const int in_row = position - __shfl_sync(~0u, before, place.row) * KV_HEADS;
+        place.head = in_row / place.num_tiles;
+        place.tile = in_row - place.head * place.num_tiles;
+        return place;
+    }
+
+    // The first position from this one on where a segment begins, or the list ends.
+    __device__ __forceinline__ int segment_start(int position) const {
+        if (position >= total) return total;
+        const Place place = at(position);
+        const int per = place.per_segment;
+        const int start = (place.tile + per - 1) / per * per;
+        return position + min(start, place.num_tiles) - place.tile;
+    }
+
+    // Tiles of a block: whole rows of a kv head where that makes them a sixteenth more at most, as
+    // it does where all rows are about as long.
+    __device__ __forceinline__ int per_block() const {
+        const int least = (total + GRID - 1) / GRID;
+        if (longest == 0) return 1;
+        const int whole = (least + longest - 1) / longest * longest;
+        return whole * 16 <= least * 17 ? whole : least;
+    }
+
+    __device__ __forceinline__ void advance(Place& place) const {
+        place.position++;
+        if (++place.tile == place.num_tiles) place = at(place.position);
+    }
+};
+
+// --- who loads
+
+// Copies of one warp: keys, then values, of its strip of each tile.
+struct Loader {
+    const Params& p;
+    const Tiles& tiles;
+    const u32 ring;  // of this warp
+    const int strip, lane;
+    const int end;  // position
+    Place place;
+    int block_id = 0;
+    u32 stage = 0;
+    bool is_value = false;
+
+    __device__ __forceinline__ Loader(
+        const Params& p, const Tiles& tiles, u32 ring, int strip, int lane, int begin, int end)
+        : p(p), tiles(tiles), ring(ring), strip(strip), lane(lane), end(end) {
+        place.position = begin;
+        if (begin < end) {
+            place = tiles.at(begin);
+            find_block();
+        }
+    }
+
+    // Long before it is needed.
+    __device__ __forceinline__ void find_block() {
+        block_id = p.block_tables[place.row * p.table_stride + place.tile * TILE / BLOCK_SIZE];
+    }
+
+    // The next strip's copies, a group of them. is_early: the kernel ahead, which writes the newest
+    // tokens, may not have ended.
+    __device__ __forceinline__ void load(bool is_early) {
+        if (place.position < end) {
+            const int first = place.tile * TILE + strip * STRIP;
+            const int num_valid = place.length - first;
+            if (is_early && num_valid > 0 && num_valid <= STRIP) wait_for_kernel_before();
+            const long long block = block_id;
+            const int slot = first % BLOCK_SIZE;
+            if (!is_value) {
+                copy(p.k_cache + block * p.k_block_stride + slot * p.k_slot_stride,
+                     p.k_slot_stride, num_valid);
+            } else {
+                copy(p.v_cache + block * p.v_block_stride + slot * p.v_slot_stride,
+                     p.v_slot_stride, num_valid);
+                if (place.position + 1 < end) {
+                    tiles.advance(place);
+                    find_block();
+                } else {
+                    place.position = end;
+                }
+            }
+            is_value = !is_value;
+            if (++stage == STAGES) stage = 0;
+        }
+        copies_commit();  // an empty group where there is nothing: they are counted
+    }
+
+    // Slots past the context's end were never written and may be NaN: zeros instead.
+    __device__ __forceinline__ void copy(const bf16* from, long long slot_stride, int num_valid) {
+        constexpr int CHUNKS = HEAD_DIM / 8;
+        constexpr int AT_ONCE = 32 / CHUNKS;  // tokens
+        const int chunk = lane % CHUNKS;
+        from += place.head * HEAD_DIM + lane / CHUNKS * slot_stride + chunk * 8;
+        const u32 to = ring + stage * STRIP_BYTES;
+#pragma unroll
+        for (int i = 0; i < STRIP / AT_ONCE; i++) {
+            const int token = lane / CHUNKS + i * AT_ONCE;
+            copy_16(to + token * TOKEN_BYTES + (chunk ^ token % 8) * 16,
+                    from + i * AT_ONCE * slot_stride, token < num_valid ? 16 : 0);
+        }
+    }
+};
+
+// --- who computes
+
+// Of one warp: sums over its tokens of a segment. A lane has rows lane / 4 and 8 more of every 16,
+// and columns lane % 4 * 2 and the next of every 8: the layout of an accumulator.
+struct Sums {
+    float values[COLUMNS][STEPS][4];  // [D, query heads]
+    float largest[COLUMNS][2];
+    float mass[COLUMNS][2];  // this lane's tokens only
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+#pragma unroll
+            for (int j = 0; j < STEPS; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) values[c][j][i] = 0.0f;
+            largest[c][0] = largest[c][1] = minus_infinity();
+            mass[c][0] = mass[c][1] = 0.0f;
+        }
+    }
+};
+
+struct Queries {
+    u32 values[COLUMNS][STEPS][2];
+
+    __device__ __forceinline__ void load(const Params& p, const Place& place, int lane) {
+        const bf16* from = p.q + place.row * p.q_stride + place.head * RESULTS;
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) {
+            const int head = c * 8 + lane / 4;
+            const u32* pairs = (const u32*)(from + head * HEAD_DIM) + lane % 4;
+#pragma unroll
+            for (int k = 0; k < STEPS; k++) {
+                values[c][k][0] = head < GROUP ? __ldcg(pairs + k * 8) : 0;
+                values[c][k][1] = head < GROUP ? __ldcg(pairs + k * 8 + 4) : 0;
+            }
+        }
+    }
+};
+
+// weights [tokens, query heads] = powers of two of the scores, as the second product's operand.
+// num_valid: tokens of the strip that are inside the context.
+__device__ __forceinline__ void score(
+    u32 (&weights)[COLUMNS][2], Sums& sums, const Queries& q, u32 keys, float scale,
+    int num_valid, int lane) {
+    float scores[COLUMNS][2][4];  // two sums each: shorter waits
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++)
+#pragma unroll
+        for (int i = 0; i < 8; i++) scores[c][i / 4][i % 4] = 0.0f;
+    const u32 token = keys + lane % 16 * TOKEN_BYTES;
+#pragma unroll
+    for (int k = 0; k < STEPS; k++) {
+        u32 key[4];
+        load_matrices(key, token + ((k * 2 + lane / 16) ^ lane % 8) * 16);
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) multiply_16x8(scores[c][k % 2], key, q.values[c][k]);
+    }
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) {
+        float s[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            s[i] = (scores[c][0][i] + scores[c][1][i]) * scale;
+            if (lane / 4 + i / 2 * 8 >= num_valid) s[i] = minus_infinity();
+        }
+        float shrink[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float largest = fmaxf(s[i], s[i + 2]);
+#pragma unroll
+            for (int lanes = 4; lanes < 32; lanes *= 2)
+                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
+            largest = fmaxf(largest, sums.largest[c][i]);
+            // A warp may not have had a token yet: minus infinity less itself would be NaN.
+            const float base = largest == minus_infinity() ? 0.0f : largest;
+            shrink[i] = exp2_fast(sums.largest[c][i] - base);
+            sums.largest[c][i] = largest;
+            s[i] = exp2_fast(s[i] - base);
+            s[i + 2] = exp2_fast(s[i + 2] - base);
+            sums.mass[c][i] = sums.mass[c][i] * shrink[i] + (s[i] + s[i + 2]);
+        }
+        weights[c][0] = transposed(pack_bf16(s[0], s[1]));
+        weights[c][1] = transposed(pack_bf16(s[2], s[3]));
+#pragma unroll
+        for (int j = 0; j < STEPS; j++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums.values[c][j][i] *= shrink[i % 2];
+    }
+}
+
+__device__ __forceinline__ void add_values(
+    Sums& sums, const u32 (&weights)[COLUMNS][2], u32 values, int lane) {
+    const u32 token = values + (lane % 8 + lane / 16 * 8) * TOKEN_BYTES;
+#pragma unroll
+    for (int j = 0; j < STEPS; j++) {
+        u32 value[4];
+        load_transposed(value, token + ((j * 2 + lane / 8 % 2) ^ lane % 8) * 16);
+#pragma unroll
+        for (int c = 0; c < COLUMNS; c++) multiply_16x8(sums.values[c][j], value, weights[c]);
+    }
+}
+
+// --- who adds up
+
+struct Shared {
+    u32 ring;
+    float* parts;    // [WARPS, GROUP, PITCH]
+    float2* stats;   // [WARPS, GROUP]: largest score and mass
+    u32* arrived;
+};
+
+__device__ __forceinline__ void write_sums(const Shared& s, const Sums& sums, int warp, int lane) {
+    const int column = lane % 4 * 2;
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float mass = sums.mass[c][i];
+#pragma unroll
+            for (int lanes = 4; lanes < 32; lanes *= 2) mass += __shfl_xor_sync(~0u, mass, lanes);
+            const int head = c * 8 + column + i;
+            if (head >= GROUP) continue;
+            if (lane < 4) s.stats[warp * GROUP + head] = {sums.largest[c][i], mass};
+            float* to = s.parts + (warp * GROUP + head) * PITCH + lane / 4;
+#pragma unroll
+            for (int j = 0; j < STEPS; j++) {
+                to[j * 16] = sums.values[c][j][i];
+                to[j * 16 + 8] = sums.values[c][j][i + 2];
+            }
+        }
+    }
+}
+
+// One of the results of some segments, not yet divided.
+struct Result {
+    float value, largest, mass;
+
+    // Written out, so that the compiler adds in the same way wherever it stands.
+    __device__ __forceinline__ void add(float other_value, float other_largest, float other_mass) {
+        const float most = fmaxf(largest, other_largest);
+        const float own = exp2_fast(largest - most), other = exp2_fast(other_largest - most);
+        value = __fmaf_rn(value, own, __fmul_rn(other_value, other));
+        mass = __fmaf_rn(mass, own, __fmul_rn(other_mass, other));
+        largest = most;
+    }
+};
+
+// What the block's threads have of the results: those at thread + i * THREADS.
+struct Results {
+    Result at[SHARE];
+    int num_segments = 0;  // of this block's, of one row and kv head
+    bool has_first;        // all of them are in `at`; else they were written out, one by one
+};
+
+__device__ __forceinline__ int index(int i, int thread) { return thread + i * THREADS; }
+__device__ __forceinline__ bool is_mine(int i, int thread) {
+    return RESULTS % THREADS == 0 || index(i, thread) < RESULTS;
+}
+
+__device__ __forceinline__ Result add_warps(const Shared& s, int index) {
+    const int head = index / HEAD_DIM, d = index % HEAD_DIM;
+    float2 stats[WARPS];
+    Result sum = {0.0f, minus_infinity(), 0.0f};
+#pragma unroll
+    for (int warp = 0; warp < WARPS; warp++) {
+        stats[warp] = s.stats[warp * GROUP + head];
+        sum.largest = fmaxf(sum.largest, stats[warp].x);
+    }
+#pragma unroll
+    for (int warp = 0; warp < WARPS; warp++) {
+        const float weight = exp2_fast(stats[warp].x - sum.largest);
+        sum.value += weight * s.parts[(warp * GROUP + head) * PITCH + d];
+        sum.mass += weight * stats[warp].y;
+    }
+    return sum;
+}
+
+__device__ __forceinline__ long long segment_line(const Place& place, int segment) {
+    return ((long long)place.row * KV_HEADS + place.head) * MAX_SEGMENTS + segment;
+}
+
+__device__ __forceinline__ void write_segment(
+    const Params& p, const Place& place, int segment, const Result (&results)[SHARE], int thread) {
+    const long long line = segment_line(place, segment);
+#pragma unroll
+    for (int i = 0; i < SHARE; i++) {
+        if (!is_mine(i, thread)) continue;
+        p.partials[line * RESULTS + index(i, thread)] = results[i].value;
+        if (index(i, thread) % HEAD_DIM == 0)
+            p.stats[line * GROUP + index(i, thread) / HEAD_DIM] =
+                float2{results[i].largest, results[i].mass};
+    }
+}
+
+__device__ __forceinline__ void write_out(
+    const Params& p, const Place& place, const Result (&results)[SHARE], int thread) {
+    bf16* to = p.out + ((long long)place.row * KV_HEADS + place.head) * RESULTS;
+#pragma unroll
+    for (int i = 0; i < SHARE; i++)
+        if (is_mine(i, thread)) to[index(i, thread)] = to_bf16(results[i].value / results[i].mass);
+}
+
+// All segments of a row and kv head, of which other blocks had some.
+__device__ __forceinline__ void add_segments(const Params& p, const Place& place, int thread) {
+    constexpr int AT_ONCE = SHARE >= 32 ? 1 : 32 / SHARE;  // loads under way, in registers
+    const int num_segments = place.num_segments();
+    Result sums[SHARE];
+    // The first partial holds some segments, the places of the others of them nothing.
+    int segment = __ldcg(p.prefixes + place.row * KV_HEADS + place.head);
+    const long long first = segment_line(place, 0);
+#pragma unroll
+    for (int i = 0; i < SHARE; i++) {
+        if (!is_mine(i, thread)) continue;
+        const float2 stats = __ldcg(p.stats + first * GROUP + index(i, thread) / HEAD_DIM);
+        sums[i] = {__ldcg(p.partials + first * RESULTS + index(i, thread)), stats.x, stats.y};
+    }
+    for (; segment < num_segments; segment += AT_ONCE) {
+        float values[AT_ONCE][SHARE];
+        float2 stats[AT_ONCE][SHARE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            const long long line = segment_line(place, segment + k);
+#pragma unroll
+            for (int i = 0; i < SHARE; i++) {
+                if (segment + k >= num_segments || !is_mine(i, thread)) continue;
+                values[k][i] = __ldcg(p.partials + line * RESULTS + index(i, thread));
+                stats[k][i] = __ldcg(p.stats + line * GROUP + index(i, thread) / HEAD_DIM);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++)
+#pragma unroll
+            for (int i = 0; i < SHARE; i++)
+                if (segment + k < num_segments && is_mine(i, thread))
+                    sums[i].add(values[k][i], stats[k][i].x, stats[k][i].y);
+    }
+    write_out(p, place, sums, thread);
+}
+
+// The end of a segment, whose last tile is at `place`. is_last: this block has no more of its row
+// and kv head.
+__device__ __forceinline__ void end_segment(
+    const Params& p, const Shared& s, const Sums& sums, Results& results, const Place& place,
+    bool is_last, int warp, int lane) {
+    const int thread = warp * 32 + lane, segment = place.tile / place.per_segment;
+    write_sums(s, sums, warp, lane);
+    __syncthreads();
+    Result own[SHARE];
+#pragma unroll
+    for (int i = 0; i < SHARE; i++)
+        if (is_mine(i, thread)) own[i] = add_warps(s, index(i, thread));
+    if (results.num_segments++ == 0) results.has_first = segment == 0;
+    if (!results.has_first) {
+        write_segment(p, place, segment, own, thread);
+    } else {
+#pragma unroll
+        for (int i = 0; i < SHARE; i++) {
+            if (segment == 0)
+                results.at[i] = own[i];
+            else
+                results.at[i].add(own[i].value, own[i].largest, own[i].mass);
+        }
+    }
+    if (is_last) {
+        const int num_segments = place.num_segments();
+        if (results.num_segments == num_segments) {
+            write_out(p, place, results.at, thread);
+        } else {
+            const int item = place.row * KV_HEADS + place.head;
+            if (results.has_first) {
+                write_segment(p, place, 0, results.at, thread);
+                if (thread == 0) p.prefixes[item] = results.num_segments;
+            }
+            __syncthreads();  // all threads' stores, then the count
+            if (thread == 0)
+                *s.arrived = arrive(p.arrivals + item, results.num_segments) + results.num_segments;
+            __syncthreads();
+            if (*s.arrived == num_segments) {
+                if (thread == 0) p.arrivals[item] = 0;
+                add_segments(p, place, thread);
+            }
+        }
+        results.num_segments = 0;
+    }
+    __syncthreads();  // before a warp writes the next segment's sums over these
+}
+
+extern "C" __constant__ int shared_bytes = SHARED_BYTES;
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
+    decode_attention(const __grid_constant__ Params p) {
+    let_next_kernel_start();
+    SHARED_MEMORY(dynamic);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    Shared s;
+    s.ring = shared_address(dynamic) + warp * STAGES * STRIP_BYTES;
+    s.parts = (float*)(dynamic + RING_BYTES);
+    s.stats = (float2*)(dynamic + RING_BYTES + PARTS_BYTES);
+    s.arrived = (u32*)(dynamic + RING_BYTES + PARTS_BYTES + STATS_BYTES);
+
+    // Inputs of the whole step: no kernel of it writes them.
+    const Tiles tiles(p, lane);
+    const int per_block = tiles.per_block();
+    const int begin = tiles.segment_start(blockIdx.x * per_block);
+    const int end = tiles.segment_start((blockIdx.x + 1) * per_block);
+    Loader loader(p, tiles, s.ring, warp, lane, begin, end);
+#pragma unroll 1
+    for (int i = 0; i < STAGES - 1; i++) loader.load(true);
+    wait_for_kernel_before();
+    if (begin >= end) return;
+
+    Place place = tiles.at(begin);
+    Queries q;
+    Sums sums;
+    Results results;
+    u32 weights[COLUMNS][2];
+    u32 stage = 0;
+    q.load(p, place, lane);
+    sums.clear();
+    while (true) {
+        // This thread's copies have landed, and with __syncwarp the warp's; and all lanes have read
+        // the strip before, into whose place the next one goes.
+        copies_wait<STAGES - 2>();
+        __syncwarp();
+        loader.load(false);
+        const int num_valid = place.length - place.tile * TILE - warp * STRIP;
+        score(weights, sums, q, s.ring + stage * STRIP_BYTES, p.scale, num_valid, lane);
+        if (++stage == STAGES) stage = 0;
+        copies_wait<STAGES - 2>();
+        __syncwarp();
+        loader.load(false);
+        add_values(sums, weights, s.ring + stage * STRIP_BYTES, lane);
+        if (++stage == STAGES) stage = 0;
+
+        const bool is_end = place.position + 1 == end;
+        if (place.is_segment_end()) {
+            const bool is_last = is_end || place.is_item_end();
+            end_segment(p, s, sums, results, place, is_last, warp, lane);
+            if (is_end) break;
+            sums.clear();
+        }
+        const bool is_item_end = place.is_item_end();
+        tiles.advance(place);
+        if (is_item_end) q.load(p, place, lane);
+    }
+}
