@@ -1,14 +1,16 @@
-"""Runs the decode chain on a CPU: the kernel itself, compiled by g++ with another header of the
-GPU's instructions (cuda_on_cpu/hopper.cuh)."""
+"""Runs the decode chain and decode attention on a CPU: the kernels themselves, compiled by g++ with
+another header of the GPU's instructions (cuda_on_cpu/hopper.cuh)."""
 
 from __future__ import annotations
 
 import ctypes
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from graphengine.kernels import decode_attention
 from graphengine.kernels.decode_chain import SOURCE, Params, TensorMap, defines_for
 from graphengine.model_config import ModelConfig
 
@@ -51,8 +53,35 @@ class CpuLauncher:
     def _compiled(self, num_rows: int) -> ctypes.CDLL:
         defines = defines_for(self._config, num_rows=num_rows, num_blocks=self.num_blocks)
         output = self._folder / f"chain-{num_rows}.so"
-        command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-Wno-psabi"]
-        command += [f"-I{_FOLDER}", f"-I{SOURCE.parent}"]
-        command += [f"-D{name}={value}" for name, value in defines.items()]
-        subprocess.run([*command, "-o", str(output), str(_FOLDER / "decode_chain.cpp")], check=True)
-        return ctypes.CDLL(str(output))
+        return _compiled("decode_chain.cpp", output, defines)
+
+
+class _Write(ctypes.Structure):
+    _fields_ = (("to", ctypes.c_void_p), ("source", ctypes.c_void_p), ("size", ctypes.c_uint64))
+
+
+class CpuAttentionLauncher:
+    """A Launcher of graphengine.kernels.decode_attention. seed: of the order in which threads run;
+    each launch has its own. writes: what the kernel ahead writes, when it is first waited for:
+    (where, what) of equal sizes, each dense."""
+
+    def __init__(self, defines: Mapping[str, int], *, output: Path, seed: int = 0) -> None:
+        self.seed = seed
+        self.writes: Sequence[tuple[Tensor, Tensor]] = ()
+        self._library = _compiled("decode_attention.cpp", output, defines)
+
+    def launch(self, params: decode_attention.Params) -> None:
+        assert self._library.params_bytes() == ctypes.sizeof(params)
+        writes = [_Write(to.data_ptr(), what.data_ptr(), what.nbytes) for to, what in self.writes]
+        array = (_Write * len(writes))(*writes)
+        seed = ctypes.c_uint(self.seed)
+        self._library.run(ctypes.byref(params), seed, array, ctypes.c_int(len(writes)))
+        self.seed += 1
+
+
+def _compiled(source: str, output: Path, defines: Mapping[str, int]) -> ctypes.CDLL:
+    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-Wno-psabi"]
+    command += [f"-I{_FOLDER}", f"-I{SOURCE.parent}"]
+    command += [f"-D{name}={value}" for name, value in defines.items()]
+    subprocess.run([*command, "-o", str(output), str(_FOLDER / source)], check=True)
+    return ctypes.CDLL(str(output))

@@ -32,7 +32,6 @@ constexpr int COLUMNS = (GROUP + 7) / 8;  // eight query heads each
 constexpr int STEPS = HEAD_DIM / 16;
 constexpr int TOKEN_BYTES = HEAD_DIM * 2;
 constexpr int STRIP_BYTES = STRIP * TOKEN_BYTES;
-constexpr int MAX_ROWS = 32;  // a lane each
 
 // Sums of a warp in shared memory: a query head's are 8 banks from those of the next but one.
 constexpr int PITCH = HEAD_DIM + 4;
@@ -351,108 +350,97 @@ __device__ __forceinline__ void write_sums(const Shared& s, const Sums& sums, in
     }
 }
 
-// One of the results of some segments, not yet divided.
-struct Result {
-    float value, largest, mass;
-
-    // Written out, so that the compiler adds in the same way wherever it stands.
-    __device__ __forceinline__ void add(float other_value, float other_largest, float other_mass) {
-        const float most = fmaxf(largest, other_largest);
-        const float own = exp2_fast(largest - most), other = exp2_fast(other_largest - most);
-        value = __fmaf_rn(value, own, __fmul_rn(other_value, other));
-        mass = __fmaf_rn(mass, own, __fmul_rn(other_mass, other));
-        largest = most;
-    }
-};
-
-// What the block's threads have of the results: those at thread + i * THREADS.
+// Of some segments of a row and kv head, added up: each thread has the results at thread +
+// i * THREADS, lane h of each warp the largest score and the mass of query head h.
 struct Results {
-    Result at[SHARE];
-    int num_segments = 0;  // of this block's, of one row and kv head
-    bool has_first;        // all of them are in `at`; else they were written out, one by one
+    float values[SHARE];  // not yet divided by the mass
+    float largest, mass;
+    int num_segments = 0;  // that this block has had of them
+    bool has_first;        // all of those are in here; else they were written out, one by one
+
+    struct Weights {
+        float own, other;
+    };
+
+    // Adds another segment's of head `lane`; the results are then to be weighted. Products and sums
+    // are spelled out here and below, so that all places where segments are added round alike.
+    __device__ __forceinline__ Weights add_stats(float other_largest, float other_mass) {
+        const float most = fmaxf(largest, other_largest);
+        const Weights weights = {exp2_fast(largest - most), exp2_fast(other_largest - most)};
+        mass = __fmaf_rn(mass, weights.own, __fmul_rn(other_mass, weights.other));
+        largest = most;
+        return weights;
+    }
+    __device__ __forceinline__ void add(int i, int head, float value, const Weights& weights) {
+        const float own = __shfl_sync(~0u, weights.own, head);
+        const float other = __shfl_sync(~0u, weights.other, head);
+        values[i] = __fmaf_rn(values[i], own, __fmul_rn(value, other));
+    }
 };
 
 __device__ __forceinline__ int index(int i, int thread) { return thread + i * THREADS; }
-__device__ __forceinline__ bool is_mine(int i, int thread) {
-    return RESULTS % THREADS == 0 || index(i, thread) < RESULTS;
+// The same for all lanes of a warp, as is the next.
+__device__ __forceinline__ bool is_mine(int i, int thread) { return index(i, thread) < RESULTS; }
+__device__ __forceinline__ int head_of(int i, int thread) { return index(i, thread) / HEAD_DIM; }
+
+__device__ __forceinline__ int item_of(const Place& place) {
+    return place.row * KV_HEADS + place.head;
+}
+__device__ __forceinline__ int line_of(const Place& place, int segment) {
+    return item_of(place) * MAX_SEGMENTS + segment;
 }
 
-__device__ __forceinline__ Result add_warps(const Shared& s, int index) {
-    const int head = index / HEAD_DIM, d = index % HEAD_DIM;
-    float2 stats[WARPS];
-    Result sum = {0.0f, minus_infinity(), 0.0f};
-#pragma unroll
-    for (int warp = 0; warp < WARPS; warp++) {
-        stats[warp] = s.stats[warp * GROUP + head];
-        sum.largest = fmaxf(sum.largest, stats[warp].x);
-    }
-#pragma unroll
-    for (int warp = 0; warp < WARPS; warp++) {
-        const float weight = exp2_fast(stats[warp].x - sum.largest);
-        sum.value += weight * s.parts[(warp * GROUP + head) * PITCH + d];
-        sum.mass += weight * stats[warp].y;
-    }
-    return sum;
-}
-
-__device__ __forceinline__ long long segment_line(const Place& place, int segment) {
-    return ((long long)place.row * KV_HEADS + place.head) * MAX_SEGMENTS + segment;
-}
-
-__device__ __forceinline__ void write_segment(
-    const Params& p, const Place& place, int segment, const Result (&results)[SHARE], int thread) {
-    const long long line = segment_line(place, segment);
-#pragma unroll
-    for (int i = 0; i < SHARE; i++) {
-        if (!is_mine(i, thread)) continue;
-        p.partials[line * RESULTS + index(i, thread)] = results[i].value;
-        if (index(i, thread) % HEAD_DIM == 0)
-            p.stats[line * GROUP + index(i, thread) / HEAD_DIM] =
-                float2{results[i].largest, results[i].mass};
-    }
+__device__ __forceinline__ void write_stats(
+    const Params& p, int line, float largest, float mass, int thread) {
+    if (thread < GROUP) p.stats[line * GROUP + thread] = float2{largest, mass};
 }
 
 __device__ __forceinline__ void write_out(
-    const Params& p, const Place& place, const Result (&results)[SHARE], int thread) {
-    bf16* to = p.out + ((long long)place.row * KV_HEADS + place.head) * RESULTS;
+    const Params& p, const Place& place, const Results& results, int thread) {
+    bf16* to = p.out + item_of(place) * RESULTS;
 #pragma unroll
-    for (int i = 0; i < SHARE; i++)
-        if (is_mine(i, thread)) to[index(i, thread)] = to_bf16(results[i].value / results[i].mass);
+    for (int i = 0; i < SHARE; i++) {
+        if (!is_mine(i, thread)) continue;
+        const float mass = __shfl_sync(~0u, results.mass, head_of(i, thread));
+        to[index(i, thread)] = to_bf16(results.values[i] / mass);
+    }
 }
 
 // All segments of a row and kv head, of which other blocks had some.
 __device__ __forceinline__ void add_segments(const Params& p, const Place& place, int thread) {
-    constexpr int AT_ONCE = SHARE >= 32 ? 1 : 32 / SHARE;  // loads under way, in registers
-    const int num_segments = place.num_segments();
-    Result sums[SHARE];
-    // The first partial holds some segments, the places of the others of them nothing.
-    int segment = __ldcg(p.prefixes + place.row * KV_HEADS + place.head);
-    const long long first = segment_line(place, 0);
+    constexpr int AT_ONCE = SHARE == 1 ? 16 : (32 + SHARE - 1) / SHARE;  // segments, into registers
+    const int num_segments = place.num_segments(), head = min(thread % 32, GROUP - 1);
+    const int first = line_of(place, 0);
+    Results sums;
 #pragma unroll
-    for (int i = 0; i < SHARE; i++) {
-        if (!is_mine(i, thread)) continue;
-        const float2 stats = __ldcg(p.stats + first * GROUP + index(i, thread) / HEAD_DIM);
-        sums[i] = {__ldcg(p.partials + first * RESULTS + index(i, thread)), stats.x, stats.y};
-    }
+    for (int i = 0; i < SHARE; i++)
+        if (is_mine(i, thread))
+            sums.values[i] = __ldcg(p.partials + first * RESULTS + index(i, thread));
+    const float2 stats = __ldcg(p.stats + first * GROUP + head);
+    sums.largest = stats.x, sums.mass = stats.y;
+    // The first partial holds so many segments, and the places of the others of them nothing.
+    int segment = __ldcg(p.prefixes + item_of(place));
     for (; segment < num_segments; segment += AT_ONCE) {
         float values[AT_ONCE][SHARE];
-        float2 stats[AT_ONCE][SHARE];
+        float2 stats[AT_ONCE];
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
-            const long long line = segment_line(place, segment + k);
-#pragma unroll
-            for (int i = 0; i < SHARE; i++) {
-                if (segment + k >= num_segments || !is_mine(i, thread)) continue;
-                values[k][i] = __ldcg(p.partials + line * RESULTS + index(i, thread));
-                stats[k][i] = __ldcg(p.stats + line * GROUP + index(i, thread) / HEAD_DIM);
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < AT_ONCE; k++)
+            if (segment + k >= num_segments) break;
+            const int line = first + segment + k;
+            stats[k] = __ldcg(p.stats + line * GROUP + head);
 #pragma unroll
             for (int i = 0; i < SHARE; i++)
-                if (segment + k < num_segments && is_mine(i, thread))
-                    sums[i].add(values[k][i], stats[k][i].x, stats[k][i].y);
+                if (is_mine(i, thread))
+                    values[k][i] = __ldcg(p.partials + line * RESULTS + index(i, thread));
+        }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            if (segment + k >= num_segments) break;
+            const Results::Weights weights = sums.add_stats(stats[k].x, stats[k].y);
+#pragma unroll
+            for (int i = 0; i < SHARE; i++)
+                if (is_mine(i, thread)) sums.add(i, head_of(i, thread), values[k][i], weights);
+        }
     }
     write_out(p, place, sums, thread);
 }
@@ -465,38 +453,69 @@ __device__ __forceinline__ void end_segment(
     const int thread = warp * 32 + lane, segment = place.tile / place.per_segment;
     write_sums(s, sums, warp, lane);
     __syncthreads();
-    Result own[SHARE];
+    float weights[WARPS];  // of head `lane`
+    float largest = minus_infinity(), mass = 0.0f;
+    float2 stats[WARPS];
 #pragma unroll
-    for (int i = 0; i < SHARE; i++)
-        if (is_mine(i, thread)) own[i] = add_warps(s, index(i, thread));
-    if (results.num_segments++ == 0) results.has_first = segment == 0;
-    if (!results.has_first) {
-        write_segment(p, place, segment, own, thread);
-    } else {
-#pragma unroll
-        for (int i = 0; i < SHARE; i++) {
-            if (segment == 0)
-                results.at[i] = own[i];
-            else
-                results.at[i].add(own[i].value, own[i].largest, own[i].mass);
-        }
+    for (int i = 0; i < WARPS; i++) {
+        stats[i] = s.stats[i * GROUP + min(lane, GROUP - 1)];
+        largest = fmaxf(largest, stats[i].x);
     }
+#pragma unroll
+    for (int i = 0; i < WARPS; i++) {
+        weights[i] = exp2_fast(stats[i].x - largest);
+        mass += weights[i] * stats[i].y;
+    }
+
+    if (results.num_segments++ == 0) results.has_first = segment == 0;
+    Results::Weights to_add;
+    if (results.has_first) {
+        if (segment == 0)
+            results.largest = largest, results.mass = mass;
+        else
+            to_add = results.add_stats(largest, mass);
+    } else {
+        write_stats(p, line_of(place, segment), largest, mass, thread);
+    }
+#pragma unroll
+    for (int i = 0; i < SHARE; i++) {
+        if (!is_mine(i, thread)) continue;
+        const int head = head_of(i, thread);
+        float value = 0.0f;
+#pragma unroll
+        for (int k = 0; k < WARPS; k++) {
+            const float* part = s.parts + (k * GROUP + head) * PITCH;
+            value += __shfl_sync(~0u, weights[k], head) * part[index(i, thread) % HEAD_DIM];
+        }
+        if (!results.has_first)
+            p.partials[line_of(place, segment) * RESULTS + index(i, thread)] = value;
+        else if (segment == 0)
+            results.values[i] = value;
+        else
+            results.add(i, head, value, to_add);
+    }
+
     if (is_last) {
         const int num_segments = place.num_segments();
         if (results.num_segments == num_segments) {
-            write_out(p, place, results.at, thread);
+            write_out(p, place, results, thread);
         } else {
-            const int item = place.row * KV_HEADS + place.head;
             if (results.has_first) {
-                write_segment(p, place, 0, results.at, thread);
-                if (thread == 0) p.prefixes[item] = results.num_segments;
+                const int line = line_of(place, 0);
+#pragma unroll
+                for (int i = 0; i < SHARE; i++)
+                    if (is_mine(i, thread))
+                        p.partials[line * RESULTS + index(i, thread)] = results.values[i];
+                write_stats(p, line, results.largest, results.mass, thread);
+                if (thread == 0) p.prefixes[item_of(place)] = results.num_segments;
             }
             __syncthreads();  // all threads' stores, then the count
+            u32* arrivals = p.arrivals + item_of(place);
             if (thread == 0)
-                *s.arrived = arrive(p.arrivals + item, results.num_segments) + results.num_segments;
+                *s.arrived = arrive(arrivals, results.num_segments) + results.num_segments;
             __syncthreads();
             if (*s.arrived == num_segments) {
-                if (thread == 0) p.arrivals[item] = 0;
+                if (thread == 0) *arrivals = 0;
                 add_segments(p, place, thread);
             }
         }

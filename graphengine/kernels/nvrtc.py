@@ -41,6 +41,10 @@ class Kernel:
         self._num_threads = num_threads
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         checked(driver.cuFuncSetAttribute(self._function, attribute, size.value))
+        # A multiprocessor is split in shared memory and L1 cache, and must be empty to be split
+        # anew: all kernels that may start while one of these runs need the same split, the largest.
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        checked(driver.cuFuncSetAttribute(self._function, attribute, 100))
 
     def launch(
         self, params: ctypes.Array[ctypes.c_char], *, num_blocks: int, stream: int, early: bool

@@ -1,6 +1,7 @@
 // The functions of graphengine/kernels/hopper.cuh on a CPU: each thread of the grid is a fiber, one
-// runs at a time, and the next is drawn at random wherever one waits for another. Copies of the copy
-// engine land late, in any order. What it cannot show: memory that is seen late, and speed.
+// runs at a time, and the next is drawn at random wherever one waits for another. Copies, of the copy
+// engine or of a thread, land late, in any order. What it cannot show: memory that is seen late, and
+// speed.
 
 #pragma once
 
@@ -80,12 +81,31 @@ struct Copy {
     int column, row;
 };
 
+// What the lanes of a warp give to an instruction of all of them, and what each gets.
+struct Exchange {
+    alignas(16) char given[32][64], got[32][64];
+};
+
 struct Block {
     std::vector<char> shared;
     std::map<u32, Barrier> barriers;
     std::map<int, Meeting> meetings;
     std::vector<Copy> copies;
-    u64 exchanged[16][32];
+    Exchange exchanges[16];
+};
+
+// 16 bytes on their way to shared memory, by a thread of its own: as they were when it asked.
+struct ThreadCopy {
+    u32 to;
+    int group;
+    char bytes[16];
+};
+
+// What the kernel ahead writes: with programmatic dependent launch, while this one runs already.
+struct Write {
+    char* to;
+    const char* from;
+    u64 num_bytes;
 };
 
 struct Fiber {
@@ -93,6 +113,9 @@ struct Fiber {
     std::unique_ptr<char[]> stack;
     int block, thread;
     const char* where = "";
+    std::vector<ThreadCopy> copies;
+    int num_groups = 0;
+    bool has_waited = false;
 };
 
 struct Machine {
@@ -101,8 +124,9 @@ struct Machine {
     std::vector<int> runnable;
     std::function<void()> body;
     std::mt19937 random;
+    std::vector<Write> kernel_before;
     ucontext_t main;
-    int current = 0;
+    int current = 0, num_threads = 0;
     u64 turns = 0;
     bool is_over = false;
 };
@@ -132,6 +156,19 @@ inline void land(Block& block, const Copy& copy) {
     barrier.settle();
 }
 
+// Lands a thread's copies of the groups before `end`.
+inline void land_groups(Fiber& f, int end) {
+    std::vector<ThreadCopy> later;
+    for (const ThreadCopy& copy : f.copies) {
+        if (copy.group < end)
+            std::memcpy(machine.blocks[f.block].shared.data() + (copy.to - SHARED_ADDRESS),
+                        copy.bytes, 16);
+        else
+            later.push_back(copy);
+    }
+    f.copies = later;
+}
+
 // Runs another fiber; this one goes on when it is drawn again.
 inline void leave() {
     Machine& m = machine;
@@ -153,6 +190,8 @@ inline void leave() {
             block.copies.erase(block.copies.begin() + i);
             land(block, copy);
         }
+    if (Fiber& f = fiber(); !f.copies.empty() && m.random() % 64 == 0)
+        land_groups(f, f.copies.front().group + (int)(m.random() % 2));
     const int before = m.current;
     if (m.runnable.empty()) {
         std::fprintf(stderr, "all threads wait for each other\n");
@@ -187,20 +226,44 @@ inline void meet(int id, int count) {
 
 inline void meet_warp() { meet(100 + fiber().thread / 32, 32); }
 
+// An instruction of a warp: `compute` makes of what the lanes give, [32], what they get, [32], when
+// the last of them is there.
+template <typename Got, typename Given, typename Compute>
+inline Got together(const Given& given, Compute compute) {
+    static_assert(sizeof(Given) <= 64 && sizeof(Got) <= 64);
+    const int warp = fiber().thread / 32, lane = fiber().thread % 32;
+    Exchange& exchange = block().exchanges[warp];
+    std::memcpy(exchange.given[lane], &given, sizeof(Given));
+    if (block().meetings[100 + warp].arrived == 31) {
+        Given all[32];
+        Got got[32];
+        for (int i = 0; i < 32; i++) std::memcpy(&all[i], exchange.given[i], sizeof(Given));
+        compute(all, got);
+        for (int i = 0; i < 32; i++) std::memcpy(exchange.got[i], &got[i], sizeof(Got));
+    }
+    meet_warp();
+    Got own;
+    std::memcpy(&own, exchange.got[lane], sizeof(Got));
+    return own;
+}
+
 template <typename T>
 inline T exchange(T value, int from) {
-    static_assert(sizeof(T) <= 8);
-    auto& slots = block().exchanged[fiber().thread / 32];
-    std::memcpy(&slots[fiber().thread % 32], &value, sizeof(T));
-    meet_warp();
-    T got;
-    std::memcpy(&got, &slots[from], sizeof(T));
-    meet_warp();
-    return got;
+    struct Given {
+        T value;
+        int from;
+    };
+    return together<T>(Given{value, from}, [](const Given* all, T* got) {
+        for (int i = 0; i < 32; i++) got[i] = all[all[i].from].value;
+    });
 }
 
 inline void enter() {
     machine.body();
+    if (!fiber().copies.empty()) {
+        std::fprintf(stderr, "a thread has ended and its copies are under way\n");
+        std::abort();
+    }
     remove_current();
     if (machine.runnable.empty()) {
         machine.is_over = true;
@@ -216,10 +279,12 @@ inline void enter() {
 }
 
 inline void launch(int num_blocks, int num_threads, int shared_bytes, u32 seed,
-                   std::function<void()> body) {
+                   std::function<void()> body, std::vector<Write> kernel_before = {}) {
     Machine& m = machine;
     m = Machine();
     m.random.seed(seed);
+    m.kernel_before = std::move(kernel_before);
+    m.num_threads = num_threads;
     m.body = std::move(body);
     m.blocks.resize(num_blocks);
     for (Block& block : m.blocks) {
@@ -253,10 +318,30 @@ struct Index {
 #define blockIdx (emulator::Index{emulator::fiber().block})
 #define SHARED_MEMORY(name) char* const name = emulator::block().shared.data()
 
-inline void __syncthreads() { emulator::meet(0, 320); }
-inline float __shfl_xor_sync(u32, float value, int lanes) {
+inline void __syncthreads() { emulator::meet(0, emulator::machine.num_threads); }
+inline void __syncwarp() { emulator::meet_warp(); }
+template <typename T>
+inline T __shfl_xor_sync(u32, T value, int lanes) {
     return emulator::exchange(value, (emulator::fiber().thread % 32) ^ lanes);
 }
+template <typename T>
+inline T __shfl_up_sync(u32, T value, int lanes) {
+    return emulator::exchange(value, max(0, emulator::fiber().thread % 32 - lanes));
+}
+template <typename T>
+inline T __shfl_sync(u32, T value, int lane) {
+    return emulator::exchange(value, lane);
+}
+inline u32 __ballot_sync(u32, bool claim) {
+    return emulator::together<u32>(claim, [](const bool* all, u32* got) {
+        u32 bits = 0;
+        for (int i = 0; i < 32; i++) bits |= (u32)all[i] << i;
+        for (int i = 0; i < 32; i++) got[i] = bits;
+    });
+}
+inline int __popc(u32 bits) { return __builtin_popcount(bits); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fmul_rn(float a, float b) { return a * b; }
 template <typename T>
 inline T __ldcg(const T* from) {
     return *from;
@@ -305,6 +390,7 @@ inline u64 descriptor(u32 address) {
     return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
+#ifdef NR
 namespace emulator {
 
 inline float element(u64 descriptor, u32 outer, u32 inner) {
@@ -333,11 +419,18 @@ inline void multiply_begin() { emulator::meet_warp(); }
 inline void multiply_commit() { emulator::meet_warp(); }
 inline void multiply_wait_but_last() { emulator::meet_warp(); }
 inline void multiply_wait(float (&)[NR / 2]) { emulator::meet_warp(); }
+#endif
 
 inline void consumers_meet() { emulator::meet(1, 256); }
 inline void publish_to_copy_engine() {}
 inline void publish_barriers() {}
-inline void wait_for_kernel_before() {}
+// The kernel ahead ends when the first thread waits for it, and not before.
+inline void wait_for_kernel_before() {
+    auto& writes = emulator::machine.kernel_before;
+    if (!emulator::fiber().has_waited) emulator::leave();
+    emulator::fiber().has_waited = true;
+    for (const auto& write : writes) std::memcpy(write.to, write.from, write.num_bytes);
+}
 inline void let_next_kernel_start() {}
 inline void grid_arrive(u32* counter) { ++*counter; }
 inline void grid_wait(const u32* counter) {
@@ -369,4 +462,117 @@ inline bf16 to_bf16(float value) {
     if (std::isnan(value)) return 0x7FFF;
     bits += 0x7FFF + (bits >> 16 & 1);
     return (bf16)(bits >> 16);
+}
+inline u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
+inline float exp2_fast(float x) { return std::exp2(x); }
+
+inline void copy_16(u32 to, const void* from, u32 num_bytes) {
+    emulator::Fiber& f = emulator::fiber();
+    const char* start = (const char*)from;
+    if (!f.has_waited && num_bytes)
+        for (const auto& write : emulator::machine.kernel_before)
+            if (start + 16 > write.to && start < write.to + write.num_bytes) {
+                std::fprintf(stderr, "a copy of what the kernel ahead has yet to write\n");
+                std::abort();
+            }
+    emulator::ThreadCopy copy = {to, f.num_groups, {}};
+    std::memcpy(copy.bytes, from, num_bytes);
+    f.copies.push_back(copy);
+}
+inline void copies_commit() { emulator::fiber().num_groups++; }
+template <int PENDING>
+inline void copies_wait() {
+    emulator::leave();
+    emulator::land_groups(emulator::fiber(), emulator::fiber().num_groups - PENDING);
+}
+
+namespace emulator {
+
+struct Four {
+    u32 m[4];
+};
+struct Product {
+    float sums[4];
+    u32 a[4], b[2];
+};
+struct Sums {
+    float values[4];
+};
+
+inline bf16 half_at(u32 address) {
+    bf16 value;
+    std::memcpy(&value, at(address), 2);
+    return value;
+}
+
+inline void load_matrices(u32 (&m)[4], u32 address, bool is_transposed) {
+    const Four got = together<Four>(address, [=](const u32* all, Four* got) {
+        for (int lane = 0; lane < 32; lane++)
+            for (int i = 0; i < 4; i++) {
+                u32 bits = 0;
+                for (int half = 0; half < 2; half++) {
+                    const int row = lane / 4, column = lane % 4 * 2 + half;
+                    bits |= (u32)(is_transposed ? half_at(all[i * 8 + column] + row * 2)
+                                                : half_at(all[i * 8 + row] + column * 2))
+                            << half * 16;
+                }
+                got[lane].m[i] = bits;
+            }
+    });
+    std::memcpy(m, got.m, sizeof(m));
+}
+
+inline float half_of(u32 pair, int half) {
+    return __uint_as_float(half ? pair & 0xFFFF0000 : pair << 16);
+}
+
+inline void multiply_all(const Product* all, Sums* got) {
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < 32; lane++)
+        for (int half = 0; half < 2; half++) {
+            for (int i = 0; i < 4; i++)
+                a[lane / 4 + i % 2 * 8][lane % 4 * 2 + half + i / 2 * 8] =
+                    half_of(all[lane].a[i], half);
+            for (int i = 0; i < 2; i++)
+                b[lane % 4 * 2 + half + i * 8][lane / 4] = half_of(all[lane].b[i], half);
+        }
+    for (int lane = 0; lane < 32; lane++)
+        for (int i = 0; i < 4; i++) {
+            float sum = all[lane].sums[i];
+            for (int k = 0; k < 16; k++)
+                sum += a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
+            got[lane].values[i] = sum;
+        }
+}
+
+}  // namespace emulator
+
+inline void load_matrices(u32 (&m)[4], u32 address) { emulator::load_matrices(m, address, false); }
+inline void load_transposed(u32 (&m)[4], u32 address) { emulator::load_matrices(m, address, true); }
+inline u32 transposed(u32 m) {
+    return emulator::together<u32>(m, [](const u32* all, u32* got) {
+        for (int lane = 0; lane < 32; lane++) {
+            u32 bits = 0;
+            for (int half = 0; half < 2; half++) {
+                // Element (lane % 4 * 2 + half, lane / 4) of the matrix given.
+                const u32 pair = all[(lane % 4 * 2 + half) * 4 + lane / 4 / 2];
+                bits |= (pair >> lane / 4 % 2 * 16 & 0xFFFF) << half * 16;
+            }
+            got[lane] = bits;
+        }
+    });
+}
+inline void multiply_16x8(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    emulator::Product product;
+    std::memcpy(product.sums, sums, sizeof(sums));
+    std::memcpy(product.a, a, sizeof(a));
+    std::memcpy(product.b, b, sizeof(b));
+    const auto got = emulator::together<emulator::Sums>(product, emulator::multiply_all);
+    std::memcpy(sums, got.values, sizeof(sums));
+}
+inline u32 arrive(u32* counter, u32 count) {
+    emulator::leave();
+    const u32 before = *counter;
+    *counter += count;
+    return before;
 }

@@ -1,0 +1,235 @@
+"""How does attention of a decode step of few rows run on Hopper? One launch, begun early.
+
+`decode_attention.cu` says how. This is its host side: which shapes it takes and its buffers. A row's
+result does not depend on the other rows: not one bit.
+
+Letters: N rows, H query heads, K kv heads, D head dim, W blocks per sequence.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from graphengine.kernels.nvrtc import Kernel, compiled
+
+MAX_ROWS = 32  # a lane each
+SOURCE = Path(__file__).with_name("decode_attention.cu")
+HEADER = Path(__file__).with_name("hopper.cuh")
+ARCHITECTURE = "sm_90a"
+_CAPABILITY = (9, 0)  # not measured elsewhere
+_HEAD_DIMS = (64, 128)
+_MAX_GROUP = 16
+# As in decode_attention.cu.
+_STRIP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How the kernel cuts its work. stages: strips of 16 tokens that a warp has room for, keys and
+    values counted apart. max_segments: of a row, whose sums are kept apart."""
+
+    blocks_per_sm: int = 2
+    warps: int = 4
+    stages: int = 5
+    max_segments: int = 16
+
+
+_POINTERS = (
+    "q",
+    "k_cache",
+    "v_cache",
+    "out",
+    "block_tables",
+    "context_lens",
+    "partials",
+    "stats",
+    "prefixes",
+    "arrivals",
+)
+_STRIDES = (
+    "q_stride",
+    "k_block_stride",
+    "k_slot_stride",
+    "v_block_stride",
+    "v_slot_stride",
+    "table_stride",
+)
+
+
+class Params(ctypes.Structure):
+    """`Params` of decode_attention.cu, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _STRIDES),
+        ("scale", ctypes.c_float),
+        ("num_rows", ctypes.c_int),
+    )
+
+
+class Launcher(Protocol):
+    """What runs the kernel: a Hopper GPU, or, in the tests, a CPU."""
+
+    def launch(self, params: Params) -> None:
+        """It may start before the kernel ahead of it has ended."""
+
+
+class DecodeAttention:
+    """Attention of steps of up to MAX_ROWS rows of one shape, on torch's current stream; it can be
+    captured. Calls share their buffers, so they must follow each other on one stream."""
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        device: torch.device,
+        tuning: Tuning | None = None,
+        launcher: Launcher | None = None,
+    ) -> None:
+        """Compiles the kernel, or takes it from the user's cache, unless a launcher is given. A
+        tuning is for measurements; None is the best that was found."""
+        tuning = tuning or best_tuning(num_heads // num_kv_heads)
+        self._block_size = block_size
+        if launcher is None:
+            num_blocks = tuning.blocks_per_sm * _num_multiprocessors(device)
+            defines = defines_for(
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                block_size=block_size,
+                num_blocks=num_blocks,
+                tuning=tuning,
+            )
+            launcher = HopperLauncher(defines, device)
+        self._launcher = launcher
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        lines = (MAX_ROWS, num_kv_heads, tuning.max_segments, num_heads // num_kv_heads)
+        self._out = buffer(MAX_ROWS, num_heads, head_dim, dtype=torch.bfloat16)
+        self._partials = buffer(*lines, head_dim)
+        self._stats = buffer(*lines, 2)
+        self._prefixes = buffer(MAX_ROWS, num_kv_heads, dtype=torch.int32)
+        self._arrivals = buffer(MAX_ROWS, num_kv_heads, dtype=torch.int32)
+
+    @staticmethod
+    def takes(
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capability: tuple[int, int] | None = None,
+    ) -> bool:
+        """Whether a shape runs this way. capability: the device's, if it is not to be asked."""
+        if capability is None:
+            if device.type != "cuda":
+                return False
+            capability = torch.cuda.get_device_capability(device)
+        group = num_heads // num_kv_heads
+        return (
+            capability == _CAPABILITY
+            and dtype == torch.bfloat16
+            and head_dim in _HEAD_DIMS
+            and 1 <= group <= _MAX_GROUP
+            and block_size % (best_tuning(group).warps * _STRIP) == 0
+        )
+
+    def decode(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+    ) -> Tensor:
+        """q [N, H, D] -> [N, H, D], overwritten by the next call; the rest as
+        `AttentionBackend.decode` has it, without a window.
+
+        What the kernel ahead on the stream writes may be q and each row's newest key and value.
+        Nothing that it or a kernel that it overlaps writes may be an older one's, block_tables or
+        context_lens."""
+        num_rows, _, head_dim = q.shape
+        assert num_rows <= MAX_ROWS
+        assert k_cache.shape[1] == self._block_size
+        for cache in (k_cache, v_cache):
+            assert cache.stride(3) == 1 and cache.stride(2) == head_dim
+        assert q.stride(2) == 1 and q.stride(1) == head_dim and q.stride(0) % 2 == 0
+        assert block_tables.stride(1) == 1 and block_tables.dtype == torch.int32
+        assert context_lens.dtype == torch.int32
+        out = self._out[:num_rows]
+        params = Params()
+        params.q, params.out = q.data_ptr(), out.data_ptr()
+        params.k_cache, params.v_cache = k_cache.data_ptr(), v_cache.data_ptr()
+        params.block_tables = block_tables.data_ptr()
+        params.context_lens = context_lens.data_ptr()
+        params.partials, params.stats = self._partials.data_ptr(), self._stats.data_ptr()
+        params.prefixes, params.arrivals = self._prefixes.data_ptr(), self._arrivals.data_ptr()
+        params.q_stride, params.table_stride = q.stride(0), block_tables.stride(0)
+        params.k_block_stride, params.k_slot_stride = k_cache.stride()[:2]
+        params.v_block_stride, params.v_slot_stride = v_cache.stride()[:2]
+        params.scale = head_dim**-0.5 * math.log2(math.e)
+        params.num_rows = num_rows
+        self._launcher.launch(params)
+        return out
+
+
+class HopperLauncher:
+    """Launcher on torch's current stream of a GPU."""
+
+    def __init__(self, defines: dict[str, int], device: torch.device) -> None:
+        self._device = device
+        self._num_blocks = defines["GRID"]
+        cubin = compiled(SOURCE, (HEADER,), architecture=ARCHITECTURE, defines=defines)
+        self._kernel = Kernel(cubin, "decode_attention", num_threads=defines["WARPS"] * 32)
+
+    def launch(self, params: Params) -> None:
+        """See Launcher."""
+        raw = ctypes.create_string_buffer(bytes(params), ctypes.sizeof(params))
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        self._kernel.launch(raw, num_blocks=self._num_blocks, stream=stream, early=True)
+
+
+def best_tuning(group: int) -> Tuning:
+    """Of group = H / K: with more query heads a block's sums need more of the shared memory."""
+    return Tuning(stages=5 if group <= 8 else 4)
+
+
+def defines_for(
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    num_blocks: int,
+    tuning: Tuning,
+) -> dict[str, int]:
+    """What SOURCE is compiled with."""
+    return {
+        "GRID": num_blocks,
+        "HEADS": num_heads,
+        "KV_HEADS": num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_SIZE": block_size,
+        "STAGES": tuning.stages,
+        "WARPS": tuning.warps,
+        "MAX_SEGMENTS": tuning.max_segments,
+        "BLOCKS_PER_SM": tuning.blocks_per_sm,
+    }
+
+
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,377 @@
+"""Does decode attention on Hopper give what plain attention gives, and a row alike in any company?
+
+Tolerance: probabilities are rounded to bfloat16, as flash-attn rounds them, and the result is. That
+is up to 2 ** -9 of a value each: 5e-3 of a tensor's norm against float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from graphengine.attention import DecodeMetadata
+from graphengine.attention.reference import ReferenceAttention
+
+if sys.platform != "linux":
+    pytest.skip("cuda-bindings is for Linux here, as in torch", allow_module_level=True)
+
+from cpu_launcher import CpuAttentionLauncher
+
+from graphengine.kernels import (  # after the skip: imports cuda-bindings
+    decode_attention,
+    nvrtc,
+)
+from graphengine.kernels.decode_attention import DecodeAttention, Tuning, best_tuning
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+BLOCK_SIZE = 256
+TOLERANCE = 5e-3
+# Multiprocessors of an H100 SXM or an H200.
+NUM_MULTIPROCESSORS = 132
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    def defines(self, num_blocks: int, tuning: Tuning) -> dict[str, int]:
+        return decode_attention.defines_for(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            block_size=BLOCK_SIZE,
+            num_blocks=num_blocks,
+            tuning=tuning,
+        )
+
+    def make(
+        self,
+        device: torch.device,
+        launcher: CpuAttentionLauncher | None = None,
+        tuning: Tuning | None = None,
+    ) -> DecodeAttention:
+        return DecodeAttention(
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            block_size=BLOCK_SIZE,
+            device=device,
+            tuning=tuning,
+            launcher=launcher,
+        )
+
+
+SHAPES = {
+    "qwen3-0.6b": Shape(16, 8, 128),
+    "llama-8b": Shape(32, 8, 128),
+    "d64": Shape(32, 4, 64),
+    "one-each": Shape(8, 8, 128),
+    "sixteen-each": Shape(32, 2, 128),
+}
+
+
+class Case:
+    """Rows of random queries over random keys and values in scattered blocks. A row is the same in
+    every case of its shape and seed; slots past its end are NaN. A context of 0 stands for a padded
+    row: one token, in the null block 0."""
+
+    def __init__(
+        self, shape: Shape, contexts: list[int], device: torch.device = CPU, seed: int = 0
+    ) -> None:
+        self.shape = shape
+        self.contexts = [max(1, n) for n in contexts]
+        width = max(-(-n // BLOCK_SIZE) for n in self.contexts) + 1
+        num_blocks = 1 + len(contexts) * width
+        generator = torch.Generator().manual_seed(seed)
+        ids = 1 + torch.randperm(num_blocks - 1, generator=generator)
+        tables = ids.view(len(contexts), width)
+        cache_shape = (num_blocks, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
+        caches = torch.full((2, *cache_shape), float("nan"), dtype=torch.bfloat16)
+        caches[:, 0, 0] = 1.0
+        queries = []
+        self.newest = []
+        for row, given in enumerate(contexts):
+            of_row = torch.Generator().manual_seed(1000 * seed + row)
+            q = torch.randn(shape.num_heads, shape.head_dim, generator=of_row)
+            queries.append(2 * q.to(torch.bfloat16))
+            if given == 0:
+                tables[row] = 0
+                continue
+            kv = torch.randn(2, given, *cache_shape[2:], generator=of_row).to(torch.bfloat16)
+            for start in range(0, given, BLOCK_SIZE):
+                part = kv[:, start : start + BLOCK_SIZE]
+                caches[:, tables[row, start // BLOCK_SIZE], : part.shape[1]] = part
+            last = given - 1
+            self.newest.append((int(tables[row, last // BLOCK_SIZE]), last % BLOCK_SIZE))
+        # Strided, as the view of a fused product is.
+        q = torch.full((len(contexts), shape.num_heads + 3, shape.head_dim), float("nan"))
+        self.q = q.to(torch.bfloat16).to(device)[:, : shape.num_heads]
+        self.q.copy_(torch.stack(queries))
+        self.k_cache, self.v_cache = caches.to(device)
+        self.tables = tables.to(torch.int32).to(device)
+        self.lens = torch.tensor(self.contexts, dtype=torch.int32, device=device)
+
+    def run(self, attention: DecodeAttention) -> Tensor:
+        return attention.decode(self.q, self.k_cache, self.v_cache, self.tables, self.lens)
+
+    def reference(self) -> Tensor:
+        metadata = DecodeMetadata(
+            slot_mapping=torch.zeros(0), block_tables=self.tables, context_lens=self.lens
+        )
+        backend = ReferenceAttention()
+        k_cache, v_cache = self.k_cache.float(), self.v_cache.float()
+        return backend.decode(self.q.float(), k_cache, v_cache, metadata, window=None)
+
+    def check(self, out: Tensor) -> None:
+        exact = self.reference()
+        assert torch.isfinite(out).all()
+        for row, context in enumerate(self.contexts):
+            error = (out[row].float() - exact[row]).norm() / exact[row].norm()
+            assert error < TOLERANCE, f"row {row} of {context} tokens: {error}"
+
+
+Compiled = Callable[..., tuple[Shape, CpuAttentionLauncher, Tuning]]
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """A shape's launcher, compiled once."""
+    folder = tmp_path_factory.mktemp("attention")
+    launchers: dict[tuple[object, ...], tuple[Shape, CpuAttentionLauncher, Tuning]] = {}
+
+    def compiled(
+        heads: int, kv_heads: int, head_dim: int, num_blocks: int = 3, **changes: int
+    ) -> tuple[Shape, CpuAttentionLauncher, Tuning]:
+        key = (heads, kv_heads, head_dim, num_blocks, *changes.items())
+        if key not in launchers:
+            shape = Shape(heads, kv_heads, head_dim)
+            tuning = Tuning(**changes) if changes else best_tuning(shape.group)
+            output = folder / f"{len(launchers)}.so"
+            launcher = CpuAttentionLauncher(shape.defines(num_blocks, tuning), output=output)
+            launchers[key] = shape, launcher, tuning
+        return launchers[key]
+
+    return compiled
+
+
+def run_on_cpu(
+    case: Case, compiled: tuple[Shape, CpuAttentionLauncher, Tuning], *, poison: bool = True
+) -> Tensor:
+    """poison: queries and newest tokens are NaN until the kernel ahead is waited for."""
+    shape, launcher, tuning = compiled
+    attention = shape.make(CPU, launcher, tuning)
+    late = [case.q[row] for row in range(len(case.q))]
+    late += [cache[at] for cache in (case.k_cache, case.v_cache) for at in case.newest]
+    if poison:
+        launcher.writes = [(tensor, tensor.clone()) for tensor in late]
+        for tensor in late:
+            tensor.fill_(float("nan"))
+    else:
+        launcher.writes = ()
+    return case.run(attention)
+
+
+BORDERS = [1, 15, 16, 17, 63, 64, 65, 127, 255, 256, 257, 640]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(1, 1, 64), (4, 2, 128), (8, 2, 64), (8, 1, 128), (12, 1, 64), (16, 1, 128)],
+)
+def test_kernel_on_a_cpu_agrees_with_float32(
+    on_cpu: Compiled, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    compiled = on_cpu(heads, kv_heads, head_dim)
+    case = Case(compiled[0], BORDERS)
+    case.check(run_on_cpu(case, compiled))
+
+
+def test_long_contexts_and_padded_rows_agree_with_float32(on_cpu: Compiled) -> None:
+    compiled = on_cpu(4, 2, 64, num_blocks=7)
+    case = Case(compiled[0], [2500, 0, 3, 1100, 0, 0, 1024])
+    case.check(run_on_cpu(case, compiled))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"warps": 2}, {"stages": 3}, {"stages": 8}, {"max_segments": 4}, {"max_segments": 32}],
+)
+def test_other_tunings_agree_with_float32(on_cpu: Compiled, changes: dict[str, int]) -> None:
+    compiled = on_cpu(2, 1, 64, 4, **changes)
+    case = Case(compiled[0], [1, 300, 64, 33, 700])
+    case.check(run_on_cpu(case, compiled))
+
+
+def test_a_row_on_a_cpu_is_alike_alone_and_among_others(on_cpu: Compiled) -> None:
+    """In any order of threads, wherever the shares of blocks end: by one block, by many."""
+    shape, _, tuning = on_cpu(4, 2, 64)
+    contexts = [900, 64, 640, 1, 130, 77, 1500]
+    case = Case(shape, contexts)
+    first = run_on_cpu(case, on_cpu(4, 2, 64)).clone()
+    for num_blocks in (1, 7, 16):
+        for num_rows in (1, 3, 7):
+            fewer = Case(shape, contexts[:num_rows])
+            out = run_on_cpu(fewer, on_cpu(4, 2, 64, num_blocks))
+            assert torch.equal(out, first[:num_rows])
+    many = Case(shape, contexts + [5 + 3 * i for i in range(25)])
+    assert torch.equal(run_on_cpu(many, on_cpu(4, 2, 64))[:7], first)
+
+
+def test_one_set_of_buffers_serves_any_steps(on_cpu: Compiled) -> None:
+    """Counters are zeros again after each launch, and what partials hold is not read again."""
+    shape, launcher, tuning = on_cpu(4, 2, 64, num_blocks=7)
+    launcher.writes = ()
+    attention = shape.make(CPU, launcher, tuning)
+    for seed, contexts in enumerate(([300, 900], [900], [64, 1, 700], [300, 900])):
+        case = Case(shape, contexts, seed=seed)
+        case.check(case.run(attention))
+    assert not attention._arrivals.any()
+
+
+def takes(
+    shape: Shape, block_size: int = BLOCK_SIZE, dtype: torch.dtype = torch.bfloat16, major: int = 9
+) -> bool:
+    return DecodeAttention.takes(
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        block_size=block_size,
+        dtype=dtype,
+        device=CUDA,
+        capability=(major, 0),
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernel_takes_shapes_in_bfloat16_only_and_on_hopper_only(name: str) -> None:
+    assert takes(SHAPES[name])
+    assert not takes(SHAPES[name], dtype=torch.float16)
+    assert not takes(SHAPES[name], major=8)
+    assert not takes(SHAPES[name], major=10)
+    assert not takes(SHAPES[name], block_size=32)
+    on_cpu = {"num_heads": 8, "num_kv_heads": 8, "head_dim": 64, "block_size": 256}
+    assert not DecodeAttention.takes(**on_cpu, dtype=torch.bfloat16, device=CPU)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [Shape(8, 8, 256), Shape(8, 8, 80), Shape(17, 1, 64)])
+def test_other_shapes_are_refused(shape: Shape) -> None:
+    assert not takes(shape)
+
+
+def compile_attention(shape: Shape, added: str = "") -> str:
+    """The compiler's log of decode_attention.cu with `added` at its end."""
+    tuning = best_tuning(shape.group)
+    defines = shape.defines(NUM_MULTIPROCESSORS * tuning.blocks_per_sm, tuning)
+    options = nvrtc.options_for(decode_attention.ARCHITECTURE, defines) + ["--ptxas-options=-v"]
+    source = decode_attention.SOURCE.read_text("utf-8") + added
+    header = decode_attention.HEADER
+    included = {header.name: header.read_text("utf-8")}
+    _, log = nvrtc.compile_source(source, "decode_attention.cu", options, included)
+    return log
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernel_compiles_without_spills(name: str) -> None:
+    log = compile_attention(SHAPES[name])
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    assert spills == ["0", "0"], log
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_host_and_kernel_agree_on_the_params_and_blocks_fit(name: str) -> None:
+    params = decode_attention.Params
+    claims = [f"sizeof(Params) == {ctypes.sizeof(params)}"]
+    for field, *_ in params._fields_:
+        # As offsetof is defined for NVRTC's front end, which ships no stddef.h.
+        offset = getattr(params, field).offset
+        claims.append(f"__INTADDR__(&((Params*)0)->{field}) == {offset}")
+    # 228 KiB a multiprocessor, 1 of them for the system of each block.
+    claims.append("(SHARED_BYTES + 1024) * BLOCKS_PER_SM <= 228 * 1024")
+    compile_attention(SHAPES[name], "".join(f'\nstatic_assert({c}, "");' for c in claims))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernel_agrees_with_float32(name: str) -> None:
+    shape = SHAPES[name]
+    attention = shape.make(CUDA)
+    for contexts in ([*BORDERS, 0, 0], [4096, 1, 2500, 0], [1000], [1], [640] * 32):
+        case = Case(shape, contexts, CUDA)
+        case.check(case.run(attention))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_row_is_alike_alone_and_among_others(name: str) -> None:
+    shape = SHAPES[name]
+    attention = shape.make(CUDA)
+    contexts = [900, 64, 4096, 1, 130, 77, 1500] + [5 + 97 * i for i in range(25)]
+    all_rows = Case(shape, contexts, CUDA).run(attention).clone()
+    for num_rows in (1, 2, 3, 7, 16):
+        out = Case(shape, contexts[:num_rows], CUDA).run(attention)
+        assert torch.equal(out, all_rows[:num_rows])
+
+
+@pytest.mark.gpu
+def test_captured_behind_a_kernel_that_writes_its_inputs() -> None:
+    """The kernel begins before the copies ahead of it, of q and of the newest tokens, have ended;
+    between replays those hold NaN, and contexts change under the graph."""
+    shape = SHAPES["llama-8b"]
+    attention = shape.make(CUDA)
+    cases = [Case(shape, n, CUDA) for n in ([700] * 8, [65, 1, 4000, 3, 256, 640, 17, 1025])]
+    width = max(case.tables.shape[1] for case in cases)
+    num_blocks = max(case.k_cache.shape[0] for case in cases)
+    k_cache, v_cache = (
+        torch.zeros(num_blocks, *cases[0].k_cache.shape[1:], dtype=torch.bfloat16, device=CUDA)
+        for _ in range(2)
+    )
+    tables = torch.zeros(8, width, dtype=torch.int32, device=CUDA)
+    lens = torch.ones(8, dtype=torch.int32, device=CUDA)
+    q, q_source = torch.zeros_like(cases[0].q), torch.zeros_like(cases[0].q)
+    newest = torch.zeros(8, 2, dtype=torch.int64, device=CUDA)
+    kv_source = torch.zeros(2, 8, *k_cache.shape[2:], dtype=torch.bfloat16, device=CUDA)
+
+    def step() -> Tensor:
+        k_cache.index_put_((newest[:, 0], newest[:, 1]), kv_source[0])
+        v_cache.index_put_((newest[:, 0], newest[:, 1]), kv_source[1])
+        torch.add(q_source, 0, out=q)
+        return attention.decode(q, k_cache, v_cache, tables, lens)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    expected = [case.run(attention).clone() for case in cases]
+    for _ in range(50):
+        for case, exact in zip(cases, expected, strict=True):
+            count = case.k_cache.shape[0]
+            newest.copy_(torch.tensor(case.newest))
+            for cache, own, source in zip(
+                (k_cache, v_cache), (case.k_cache, case.v_cache), kv_source, strict=True
+            ):
+                cache[:count] = own
+                source.copy_(own[newest[:, 0], newest[:, 1]])
+                cache[newest[:, 0], newest[:, 1]] = float("nan")
+            tables[:, : case.tables.shape[1]] = case.tables
+            lens.copy_(case.lens)
+            q_source.copy_(case.q)
+            q.fill_(float("nan"))
+            out.zero_()
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(out, exact)
