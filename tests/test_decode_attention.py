@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -218,7 +217,7 @@ def test_other_tunings_agree_with_float32(on_cpu: Compiled, changes: dict[str, i
 
 def test_a_row_on_a_cpu_is_alike_alone_and_among_others(on_cpu: Compiled) -> None:
     """In any order of threads, wherever the shares of blocks end: by one block, by many."""
-    shape, _, tuning = on_cpu(4, 2, 64)
+    shape, _, _ = on_cpu(4, 2, 64)
     contexts = [900, 64, 640, 1, 130, 77, 1500]
     case = Case(shape, contexts)
     first = run_on_cpu(case, on_cpu(4, 2, 64)).clone()
@@ -276,7 +275,8 @@ def compile_attention(shape: Shape, added: str = "") -> str:
     """The compiler's log of decode_attention.cu with `added` at its end."""
     tuning = best_tuning(shape.group)
     defines = shape.defines(NUM_MULTIPROCESSORS * tuning.blocks_per_sm, tuning)
-    options = nvrtc.options_for(decode_attention.ARCHITECTURE, defines) + ["--ptxas-options=-v"]
+    options = nvrtc.options_for(decode_attention.ARCHITECTURE, defines)
+    options += ["--ptxas-options=-v"]
     source = decode_attention.SOURCE.read_text("utf-8") + added
     header = decode_attention.HEADER
     included = {header.name: header.read_text("utf-8")}

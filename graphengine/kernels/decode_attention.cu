@@ -380,7 +380,9 @@ struct Results {
 
 __device__ __forceinline__ int index(int i, int thread) { return thread + i * THREADS; }
 // The same for all lanes of a warp, as is the next.
-__device__ __forceinline__ bool is_mine(int i, int thread) { return index(i, thread) < RESULTS; }
+__device__ __forceinline__ bool is_mine(int i, int thread) {
+    return RESULTS % THREADS == 0 || index(i, thread) < RESULTS;
+}
 __device__ __forceinline__ int head_of(int i, int thread) { return index(i, thread) / HEAD_DIM; }
 
 __device__ __forceinline__ int item_of(const Place& place) {
@@ -408,7 +410,8 @@ __device__ __forceinline__ void write_out(
 
 // All segments of a row and kv head, of which other blocks had some.
 __device__ __forceinline__ void add_segments(const Params& p, const Place& place, int thread) {
-    constexpr int AT_ONCE = SHARE == 1 ? 16 : (32 + SHARE - 1) / SHARE;  // segments, into registers
+    // Segments whose loads are under way together, as registers allow.
+    constexpr int AT_ONCE = SHARE == 1 ? 16 : SHARE >= 16 ? 1 : (32 + SHARE - 1) / SHARE;
     const int num_segments = place.num_segments(), head = min(thread % 32, GROUP - 1);
     const int first = line_of(place, 0);
     Results sums;

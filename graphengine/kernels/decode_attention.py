@@ -1,7 +1,7 @@
 """How does attention of a decode step of few rows run on Hopper? One launch, begun early.
 
-`decode_attention.cu` says how. This is its host side: which shapes it takes and its buffers. A row's
-result does not depend on the other rows: not one bit.
+`decode_attention.cu` says how. This is its host side: which shapes it takes and its buffers. A
+row's result does not depend on the other rows: not one bit.
 
 Letters: N rows, H query heads, K kv heads, D head dim, W blocks per sequence.
 """
@@ -166,10 +166,11 @@ class DecodeAttention:
         assert num_rows <= MAX_ROWS
         assert k_cache.shape[1] == self._block_size
         for cache in (k_cache, v_cache):
-            assert cache.stride(3) == 1 and cache.stride(2) == head_dim
-        assert q.stride(2) == 1 and q.stride(1) == head_dim and q.stride(0) % 2 == 0
-        assert block_tables.stride(1) == 1 and block_tables.dtype == torch.int32
-        assert context_lens.dtype == torch.int32
+            assert cache.stride()[2:] == (head_dim, 1)
+        assert q.stride()[1:] == (head_dim, 1)
+        assert q.stride(0) % 2 == 0  # read in pairs
+        assert block_tables.stride(1) == 1
+        assert block_tables.dtype == context_lens.dtype == torch.int32
         out = self._out[:num_rows]
         params = Params()
         params.q, params.out = q.data_ptr(), out.data_ptr()
