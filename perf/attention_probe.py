@@ -17,6 +17,7 @@ import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,9 +165,10 @@ def measure(name: str, load: Load, stand_in: StandIn, *, with_variants: bool) ->
                 stand_in(source, q)
                 if run is not None:
                     outs.append(run(q, cache[0], cache[1]))
-        times = []
+        times: list[float] = []
         for _ in range(REPLAYS + 3):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             start.record()
             graph.replay()
             end.record()
