@@ -47,6 +47,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "attention.flash4",
         "attention.reference",
         "kernels",
+        "kernels.decode_attention",
         "kernels.decode_chain",
         "kernels.exclusive",
         "kernels.fused",
@@ -302,6 +303,7 @@ def test_environment_is_read_in_cli_only(module: str) -> None:
 STEP_MODULES = (
     "attention.flash",
     "attention.flash4",
+    "kernels.decode_attention",
     "kernels.decode_chain",
     "kernels.fused",
     "kernels.fused_sampling",

@@ -13,7 +13,11 @@ from paged import CPU, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, Cache, random_queries
 from torch import Tensor
 
 from graphengine.attention import make_attention
-from graphengine.attention.flash import FlashAttention, decode_splits
+from graphengine.attention.flash import (
+    FlashAttention,
+    decode_splits,
+    is_for_decode_attention,
+)
 from graphengine.attention.reference import ReferenceAttention
 from graphengine.errors import BackendError, ConfigError
 
@@ -248,6 +252,13 @@ def test_flash_gives_what_the_reference_gives(head_dim: int, window: int | None)
             flash.prefill(q, k, v, *caches, metadata, window=window),
             reference.prefill(q, k, v, *caches, metadata, window=window),
         )
+
+
+def test_few_rows_without_a_window_go_to_our_own_kernel() -> None:
+    assert is_for_decode_attention(1, None)
+    assert is_for_decode_attention(32, None)
+    assert not is_for_decode_attention(33, None)
+    assert not is_for_decode_attention(1, 100)
 
 
 @pytest.mark.parametrize(

@@ -326,30 +326,78 @@ def test_a_row_is_alike_alone_and_among_others(name: str) -> None:
         assert torch.equal(out, all_rows[:num_rows])
 
 
+WRITER = """
+#include <hopper.cuh>
+struct Params {
+    const bf16 *q_from, *kv_from;
+    bf16 *q, *k_cache, *v_cache;
+    const long long* slots;  // [N]
+    int q_count, kv_count, num_rows;
+};
+extern "C" __constant__ int shared_bytes = 0;
+extern "C" __global__ void writer(const __grid_constant__ Params p) {
+    let_next_kernel_start();
+    const long long start = clock64();
+    while (clock64() - start < 50000) {}
+    for (int i = threadIdx.x; i < p.q_count; i += 256) p.q[i] = p.q_from[i];
+    for (int i = threadIdx.x; i < p.num_rows * p.kv_count; i += 256) {
+        const long long to = p.slots[i / p.kv_count] * p.kv_count + i % p.kv_count;
+        p.k_cache[to] = p.kv_from[i];
+        p.v_cache[to] = p.kv_from[p.num_rows * p.kv_count + i];
+    }
+}
+"""
+
+
+class WriterParams(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q_from", "kv_from", "q", "k_cache", "v_cache")),
+        ("slots", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in ("q_count", "kv_count", "num_rows")),
+    )
+
+
 @pytest.mark.gpu
 def test_captured_behind_a_kernel_that_writes_its_inputs() -> None:
-    """The kernel begins before the copies ahead of it, of q and of the newest tokens, have ended;
-    between replays those hold NaN, and contexts change under the graph."""
-    shape = SHAPES["llama-8b"]
+    """The kernel begins while the one ahead has yet to write q and the newest tokens, which hold
+    NaN until then; contexts change under the graph."""
+    shape, num_rows = SHAPES["llama-8b"], 8
+    header = decode_attention.HEADER
+    options = nvrtc.options_for(decode_attention.ARCHITECTURE, {"GRID": 1})
+    cubin, _ = nvrtc.compile_source(
+        WRITER, "writer.cu", options, {header.name: header.read_text("utf-8")}
+    )
+    writer = nvrtc.Kernel(cubin, "writer", num_threads=256)
     attention = shape.make(CUDA)
     cases = [Case(shape, n, CUDA) for n in ([700] * 8, [65, 1, 4000, 3, 256, 640, 17, 1025])]
-    width = max(case.tables.shape[1] for case in cases)
+
+    def buffer(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=CUDA)
+
     num_blocks = max(case.k_cache.shape[0] for case in cases)
-    k_cache, v_cache = (
-        torch.zeros(num_blocks, *cases[0].k_cache.shape[1:], dtype=torch.bfloat16, device=CUDA)
-        for _ in range(2)
-    )
-    tables = torch.zeros(8, width, dtype=torch.int32, device=CUDA)
-    lens = torch.ones(8, dtype=torch.int32, device=CUDA)
-    q, q_source = torch.zeros_like(cases[0].q), torch.zeros_like(cases[0].q)
-    newest = torch.zeros(8, 2, dtype=torch.int64, device=CUDA)
-    kv_source = torch.zeros(2, 8, *k_cache.shape[2:], dtype=torch.bfloat16, device=CUDA)
+    row_shape = shape.num_kv_heads, shape.head_dim
+    caches = buffer(2, num_blocks, BLOCK_SIZE, *row_shape)
+    tables = buffer(num_rows, max(c.tables.shape[1] for c in cases), dtype=torch.int32)
+    lens = torch.ones(num_rows, dtype=torch.int32, device=CUDA)
+    q, q_from = buffer(2, num_rows, shape.num_heads, shape.head_dim)
+    kv_from, slots = buffer(2, num_rows, *row_shape), buffer(num_rows, dtype=torch.int64)
 
     def step() -> Tensor:
-        k_cache.index_put_((newest[:, 0], newest[:, 1]), kv_source[0])
-        v_cache.index_put_((newest[:, 0], newest[:, 1]), kv_source[1])
-        torch.add(q_source, 0, out=q)
-        return attention.decode(q, k_cache, v_cache, tables, lens)
+        params = WriterParams(
+            q_from.data_ptr(),
+            kv_from.data_ptr(),
+            q.data_ptr(),
+            caches[0].data_ptr(),
+            caches[1].data_ptr(),
+            slots.data_ptr(),
+            q.numel(),
+            kv_from[0, 0].numel(),
+            num_rows,
+        )
+        raw = ctypes.create_string_buffer(bytes(params), ctypes.sizeof(params))
+        stream = torch.cuda.current_stream().cuda_stream
+        writer.launch(raw, num_blocks=1, stream=stream, early=False)
+        return attention.decode(q, caches[0], caches[1], tables, lens)
 
     step()
     torch.cuda.synchronize()
@@ -357,19 +405,19 @@ def test_captured_behind_a_kernel_that_writes_its_inputs() -> None:
     with torch.cuda.graph(graph):
         out = step()
     expected = [case.run(attention).clone() for case in cases]
-    for _ in range(50):
+    for _ in range(20):
         for case, exact in zip(cases, expected, strict=True):
-            count = case.k_cache.shape[0]
-            newest.copy_(torch.tensor(case.newest))
+            newest = torch.tensor([b * BLOCK_SIZE + slot for b, slot in case.newest], device=CUDA)
+            slots.copy_(newest)
             for cache, own, source in zip(
-                (k_cache, v_cache), (case.k_cache, case.v_cache), kv_source, strict=True
+                caches, (case.k_cache, case.v_cache), kv_from, strict=True
             ):
-                cache[:count] = own
-                source.copy_(own[newest[:, 0], newest[:, 1]])
-                cache[newest[:, 0], newest[:, 1]] = float("nan")
+                cache[: len(own)] = own
+                source.copy_(own.flatten(0, 1)[newest])
+                cache.view(-1, *row_shape)[newest] = float("nan")
             tables[:, : case.tables.shape[1]] = case.tables
             lens.copy_(case.lens)
-            q_source.copy_(case.q)
+            q_from.copy_(case.q)
             q.fill_(float("nan"))
             out.zero_()
             graph.replay()

@@ -110,7 +110,7 @@ def test_products_of_another_number_have_no_floor(config: ModelConfig) -> None:
 
 def test_chains_have_the_floor_of_all_their_products(config: ModelConfig) -> None:
     floors = StepFloors(config, 4, 100, 1e12)
-    names = ("decode_chain", "flash_fwd", "decode_chain", "flash_fwd", "decode_chain")
+    names = (*("decode_chain", "decode_attention") * 2, "decode_chain")
     events = in_turn((*names, "nvjet_x", "_split_kernel"), us=5.0, every_us=5.0)
     found = account(events, 1, floors)
     assert [row.part for row in found.rows] == ["chain", "attention", "lm_head", "sampler"]
