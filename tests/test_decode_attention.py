@@ -230,6 +230,15 @@ def test_a_row_on_a_cpu_is_alike_alone_and_among_others(on_cpu: Compiled) -> Non
     assert torch.equal(run_on_cpu(many, on_cpu(4, 2, 64))[:7], first)
 
 
+def test_blocks_of_one_row_may_end_in_any_order(on_cpu: Compiled) -> None:
+    """A block for each tile, so that all arrive at about the same time: a count that goes ahead of
+    its block's stores is found here alone."""
+    compiled = on_cpu(2, 1, 128, 12)
+    for _ in range(5):
+        case = Case(compiled[0], [700])
+        case.check(run_on_cpu(case, compiled))
+
+
 def test_one_set_of_buffers_serves_any_steps(on_cpu: Compiled) -> None:
     """Counters are zeros again after each launch, and what partials hold is not read again."""
     shape, launcher, tuning = on_cpu(4, 2, 64, num_blocks=7)

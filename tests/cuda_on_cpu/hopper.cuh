@@ -126,7 +126,7 @@ struct Machine {
     std::mt19937 random;
     std::vector<Write> kernel_before;
     ucontext_t main;
-    int current = 0, num_threads = 0;
+    int current = 0, num_threads = 0, slow = -1;
     u64 turns = 0;
     bool is_over = false;
 };
@@ -197,7 +197,10 @@ inline void leave() {
         std::fprintf(stderr, "all threads wait for each other\n");
         std::abort();
     }
+    // One warp is slow for a while, so that the others run far ahead of it.
+    if (m.turns % 50'000 == 0) m.slow = (int)(m.random() % (m.fibers.size() / 32));
     m.current = m.runnable[m.random() % m.runnable.size()];
+    if (m.current / 32 == m.slow) m.current = m.runnable[m.random() % m.runnable.size()];
     if (m.current != before) swapcontext(&m.fibers[before].context, &fiber().context);
 }
 
