@@ -105,12 +105,13 @@ class DecoderModel(nn.Module):
     ) -> Tensor:
         """`forward` with one launch between two attentions."""
         layers: list[DecoderLayer] = list(self.layers)  # type: ignore[arg-type]
-        slots = metadata.slot_mapping
-        q = chain.begin(input_ids, positions, self.embed_tokens, layers[0], kv.k[0], kv.v[0], slots)
+        caches = kv.k[0], kv.v[0]
+        q = chain.begin(input_ids, positions, self.embed_tokens, layers[0], *caches, metadata)
         for index, layer in enumerate(layers[:-1]):
             attended = layer.decode_attention(q, kv.k[index], kv.v[index], metadata)
             caches = kv.k[index + 1], kv.v[index + 1]
-            q = chain.between(index, attended, positions, layer, layers[index + 1], *caches, slots)
+            following = layers[index + 1]
+            q = chain.between(index, attended, positions, layer, following, *caches, metadata)
         attended = layers[-1].decode_attention(q, kv.k[-1], kv.v[-1], metadata)
         return chain.end(attended, layers[-1], self.norm)
 

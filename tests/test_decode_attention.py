@@ -28,7 +28,7 @@ from graphengine.kernels import (  # after the skip: imports cuda-bindings
     decode_attention,
     nvrtc,
 )
-from graphengine.kernels.decode_attention import DecodeAttention, Tuning, best_tuning
+from graphengine.kernels.decode_attention import TUNING, DecodeAttention, Tuning
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BLOCK_SIZE = 256
@@ -61,7 +61,7 @@ class Shape:
         self,
         device: torch.device,
         launcher: CpuAttentionLauncher | None = None,
-        tuning: Tuning | None = None,
+        tuning: Tuning = TUNING,
     ) -> DecodeAttention:
         return DecodeAttention(
             num_heads=self.num_heads,
@@ -158,7 +158,7 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
         key = (heads, kv_heads, head_dim, num_blocks, *changes.items())
         if key not in launchers:
             shape = Shape(heads, kv_heads, head_dim)
-            tuning = Tuning(**changes) if changes else best_tuning(shape.group)
+            tuning = Tuning(**changes)
             output = folder / f"{len(launchers)}.so"
             launcher = CpuAttentionLauncher(shape.defines(num_blocks, tuning), output=output)
             launchers[key] = shape, launcher, tuning
@@ -282,7 +282,7 @@ def test_other_shapes_are_refused(shape: Shape) -> None:
 
 def compile_attention(shape: Shape, added: str = "") -> str:
     """The compiler's log of decode_attention.cu with `added` at its end."""
-    tuning = best_tuning(shape.group)
+    tuning = TUNING
     defines = shape.defines(NUM_MULTIPROCESSORS * tuning.blocks_per_sm, tuning)
     options = nvrtc.options_for(decode_attention.ARCHITECTURE, defines)
     options += ["--ptxas-options=-v"]

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from graphengine.attention.base import DecodeMetadata
 from graphengine.kernels import reference
 from graphengine.layers import rope_table
 from graphengine.model_config import ModelConfig, RopeConfig
@@ -144,6 +145,14 @@ class Case:
         slots = torch.randperm(NUM_BLOCKS * BLOCK_SIZE, generator=host)[:count]
         n = self.num_rows
         self.slots = slots[:n].to(device)
+        # Only read ahead: any blocks that there are.
+        tables = torch.randint(NUM_BLOCKS, (count, LENGTH // BLOCK_SIZE), generator=host)
+        lens = torch.randint(1, LENGTH, (count,), generator=host)
+        self.step = DecodeMetadata(
+            slot_mapping=self.slots,
+            block_tables=tables[:n].to(device, torch.int32),
+            context_lens=lens[:n].to(device, torch.int32),
+        )
         self.positions = torch.randint(LENGTH, (count,), generator=host)[:n].to(device)
         self.token_ids = torch.randint(c.vocab_size, (count,), generator=host)[:n].to(device)
         self.cos_sin = rope_table(c.rope, head_dim=d, num_positions=LENGTH, device=device)
@@ -165,7 +174,7 @@ class Case:
     def run(self, chain: DecodeChain) -> tuple[list[Tensor], Tensor]:
         layers, kv = self.layers, self.kv
         q = chain.begin(
-            self.token_ids, self.positions, self.embedding, layers[0], *kv[0], self.slots
+            self.token_ids, self.positions, self.embedding, layers[0], *kv[0], self.step
         )
         qs = [q.clone()]
         for index in range(len(layers) - 1):
@@ -176,7 +185,7 @@ class Case:
                 layers[index],
                 layers[index + 1],
                 *kv[index + 1],
-                self.slots,
+                self.step,
             )
             qs.append(q.clone())
         return qs, chain.end(attended(q), layers[-1], self.norm)
@@ -430,6 +439,33 @@ def test_kernel_on_a_cpu_gives_a_row_alike_in_any_order_of_threads_and_number_of
         _, hidden = case.run(chain)
         num_rows = min(case.num_rows, cases[0].num_rows)
         assert torch.equal(hidden[:num_rows], first[:num_rows])
+
+
+def test_old_tokens_of_the_next_attention_are_asked_for_ahead(
+    on_cpu: tuple[ModelConfig, CpuLauncher],
+) -> None:
+    model, launcher = on_cpu
+    case = Case(model, 3, CPU)
+    case.step.context_lens[:] = torch.tensor([1, 9, 400])
+    case.step.block_tables[:] = torch.tensor([[2, 2], [2, 2], [0, 1]])
+    token_bytes = model.num_kv_heads * model.head_dim * 2
+    old: dict[int, tuple[int, int, int]] = {}
+    for part, cache in enumerate(case.kv[0]):
+        for row, blocks in enumerate(case.step.block_tables.tolist()):
+            for token in range(int(case.step.context_lens[row]) - 1):
+                slot = blocks[token // BLOCK_SIZE] * BLOCK_SIZE + token % BLOCK_SIZE
+                old[cache.data_ptr() + slot * token_bytes] = (part, row, token)
+    layer = case.layers[0]
+    case.make(launcher).begin(
+        case.token_ids, case.positions, case.embedding, layer, *case.kv[0], case.step
+    )
+    for place, num_bytes in launcher.prefetched:
+        assert num_bytes == 8 * token_bytes
+        assert all(place + i * token_bytes in old for i in range(8))
+    found = {old[place] for place, _ in launcher.prefetched}
+    # Every second piece of 8 tokens.
+    many = {(part, 2, 16 * i) for part in (0, 1) for i in range(8)}
+    assert found == many | {(0, 1, 0), (1, 1, 0)}
 
 
 @pytest.mark.gpu

@@ -152,6 +152,8 @@ struct Loader {
     const u32 ring;  // of this warp
     const int strip, lane;
     const int end;  // position
+    // Nothing of a context is read again before the next step; what the chain's blocks exchange is.
+    const u64 policy = policy_evict_first();
     Place place;
     int block_id = 0;
     u32 stage = 0;
@@ -211,7 +213,7 @@ struct Loader {
         for (int i = 0; i < STRIP / AT_ONCE; i++) {
             const int token = lane / CHUNKS + i * AT_ONCE;
             copy_16(to + token * TOKEN_BYTES + (chunk ^ token % 8) * 16,
-                    from + i * AT_ONCE * slot_stride, token < num_valid ? 16 : 0);
+                    from + i * AT_ONCE * slot_stride, token < num_valid ? 16 : 0, policy);
         }
     }
 };

@@ -37,8 +37,11 @@ class Tuning:
 
     blocks_per_sm: int = 2
     warps: int = 4
-    stages: int = 5
+    stages: int = 4
     max_segments: int = 16
+
+
+TUNING = Tuning()  # the best of those measured
 
 
 _POINTERS = (
@@ -93,12 +96,11 @@ class DecodeAttention:
         head_dim: int,
         block_size: int,
         device: torch.device,
-        tuning: Tuning | None = None,
+        tuning: Tuning = TUNING,
         launcher: Launcher | None = None,
     ) -> None:
         """Compiles the kernel, or takes it from the user's cache, unless a launcher is given. A
-        tuning is for measurements; None is the best that was found."""
-        tuning = tuning or best_tuning(num_heads // num_kv_heads)
+        tuning is for measurements."""
         self._block_size = block_size
         if launcher is None:
             num_blocks = tuning.blocks_per_sm * _num_multiprocessors(device)
@@ -145,7 +147,7 @@ class DecodeAttention:
             and dtype == torch.bfloat16
             and head_dim in _HEAD_DIMS
             and 1 <= group <= _MAX_GROUP
-            and block_size % (best_tuning(group).warps * _STRIP) == 0
+            and block_size % (TUNING.warps * _STRIP) == 0
         )
 
     def decode(
@@ -202,11 +204,6 @@ class HopperLauncher:
         raw = ctypes.create_string_buffer(bytes(params), ctypes.sizeof(params))
         stream = torch.cuda.current_stream(self._device).cuda_stream
         self._kernel.launch(raw, num_blocks=self._num_blocks, stream=stream, early=True)
-
-
-def best_tuning(group: int) -> Tuning:
-    """Of group = H / K: with more query heads a block's sums need more of the shared memory."""
-    return Tuning(stages=5 if group <= 8 else 4)
 
 
 def defines_for(

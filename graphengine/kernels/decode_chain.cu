@@ -60,7 +60,9 @@ struct Params {
     const float* cos_sin;
     const long long* token_ids;
     const bf16* embedding;
-    long long k_block_stride, k_slot_stride, v_block_stride, v_slot_stride;
+    const int* block_tables;
+    const int* context_lens;
+    long long k_block_stride, k_slot_stride, v_block_stride, v_slot_stride, table_stride;
     float eps;
     int num_rows, block_size, first_phase, last_phase, is_first, is_last;
 };
@@ -162,6 +164,33 @@ __device__ __forceinline__ void stream_weights(
         // Of gate and up each warpgroup has one, and the same features of it.
         load_box(to + W_BYTES / 2, map, c, PHASE == GATE_UP ? INTER + row : row + 64, full, policy);
         ring.advance(W_STAGES);
+    }
+}
+
+// Of the context that the attention after this launch reads, what is asked for into the L2 cache:
+// between its last weights and the launch's end the memory has nothing else to do. CONTEXT_AHEAD
+// pieces of 8 tokens a block, CONTEXT_PACE cycles apart, since whatever the blocks tell each other
+// queues behind them; every second piece of a row, so that the rest comes from memory meanwhile.
+constexpr int CONTEXT_AHEAD = W_AHEAD == 2 ? 16 : 8;
+constexpr int CONTEXT_PACE = 900;
+
+// Only old tokens: the newest is being written.
+__device__ __forceinline__ void prefetch_context(const Params& p, int block) {
+    constexpr int TOKENS = 8;
+    for (int i = 0; i < CONTEXT_AHEAD; i++) {
+        const u32 begin = clock_now();
+        const int piece = (i * GRID + block) / 2, row = piece % p.num_rows;
+        const int token = piece / p.num_rows * 2 * TOKENS;
+        if (token + TOKENS >= p.context_lens[row]) continue;
+        const long long id = p.block_tables[row * p.table_stride + token / p.block_size];
+        const int slot = token % p.block_size;
+        if ((i * GRID + block) % 2 == 0)
+            prefetch(p.k_cache + id * p.k_block_stride + slot * p.k_slot_stride,
+                     TOKENS * p.k_slot_stride * 2);
+        else
+            prefetch(p.v_cache + id * p.v_block_stride + slot * p.v_slot_stride,
+                     TOKENS * p.v_slot_stride * 2);
+        while (clock_now() - begin < CONTEXT_PACE) {}
     }
 }
 
@@ -589,7 +618,10 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 64, 1)
             stream_weights<GATE_UP>(p, s, ring, landed, block, policy);
             stream_weights<DOWN>(p, s, ring, landed, block, policy);
         }
-        if (p.last_phase >= QKV) stream_weights<QKV>(p, s, ring, landed, block, policy);
+        if (p.last_phase >= QKV) {
+            stream_weights<QKV>(p, s, ring, landed, block, policy);
+            prefetch_context(p, block);
+        }
         return;
     }
     if (thread > CONSUMERS && thread != CONSUMERS + 32) return;

@@ -54,6 +54,17 @@ class LayerWeights(Protocol):
     down_proj: Tensor
 
 
+class StepRows(Protocol):
+    """What the chain needs of `attention.DecodeMetadata`."""
+
+    @property
+    def slot_mapping(self) -> Tensor: ...
+    @property
+    def block_tables(self) -> Tensor: ...
+    @property
+    def context_lens(self) -> Tensor: ...
+
+
 class TensorMap(ctypes.Structure):
     _fields_ = (("opaque", ctypes.c_uint64 * 16),)
 
@@ -80,8 +91,16 @@ _POINTERS = (
     "cos_sin",
     "token_ids",
     "embedding",
+    "block_tables",
+    "context_lens",
 )
-_STRIDES = ("k_block_stride", "k_slot_stride", "v_block_stride", "v_slot_stride")
+_STRIDES = (
+    "k_block_stride",
+    "k_slot_stride",
+    "v_block_stride",
+    "v_slot_stride",
+    "table_stride",
+)
 _INTS = ("num_rows", "block_size", "first_phase", "last_phase", "is_first", "is_last")
 
 
@@ -188,17 +207,17 @@ class DecodeChain:
         layer: LayerWeights,
         k_cache: Tensor,
         v_cache: Tensor,
-        slot_mapping: Tensor,
+        step: StepRows,
     ) -> Tensor:
         """Embedding, first norm and the first layer's q, k and v: q [N, H, D]; k and v go to the
-        cache at slot_mapping."""
+        cache at step.slot_mapping."""
         self._counters.zero_()
         params = self._params(0, positions.shape[0])
         params.token_ids = token_ids.data_ptr()
         params.embedding = embedding.data_ptr()
         params.next_norm = layer.input_norm.data_ptr()
         params.first_phase, params.last_phase, params.is_first = _QKV, _QKV, 1
-        q = self._give_q(params, layer, positions, k_cache, v_cache, slot_mapping)
+        q = self._give_q(params, layer, positions, k_cache, v_cache, step)
         # The counters' zeros are written by no kernel: it must not start early.
         self._launcher.launch(params, _padded(positions.shape[0]), early=False)
         return q
@@ -212,7 +231,7 @@ class DecodeChain:
         next_layer: LayerWeights,
         k_cache: Tensor,
         v_cache: Tensor,
-        slot_mapping: Tensor,
+        step: StepRows,
     ) -> Tensor:
         """The rest of layer `index` after its attention, attended [N, H, D], and the start of the
         next: its q [N, H, D]; its k and v go to its caches."""
@@ -220,7 +239,7 @@ class DecodeChain:
         self._take_attended(params, attended, layer)
         params.next_norm = next_layer.input_norm.data_ptr()
         params.first_phase, params.last_phase = _O_PROJ, _QKV
-        q = self._give_q(params, next_layer, positions, k_cache, v_cache, slot_mapping)
+        q = self._give_q(params, next_layer, positions, k_cache, v_cache, step)
         self._launcher.launch(params, _padded(attended.shape[0]), early=True)
         return q
 
@@ -269,7 +288,7 @@ class DecodeChain:
         positions: Tensor,
         k_cache: Tensor,
         v_cache: Tensor,
-        slot_mapping: Tensor,
+        step: StepRows,
     ) -> Tensor:
         params.weights[_QKV] = self._launcher.tensor_map(layer.qkv_proj, _BOX_ROWS)
         for name in ("qkv_bias", "q_norm", "k_norm"):
@@ -278,7 +297,10 @@ class DecodeChain:
         params.k_cache, params.v_cache = k_cache.data_ptr(), v_cache.data_ptr()
         params.k_block_stride, params.k_slot_stride = k_cache.stride()[:2]
         params.v_block_stride, params.v_slot_stride = v_cache.stride()[:2]
-        params.slots, params.positions = slot_mapping.data_ptr(), positions.data_ptr()
+        params.slots, params.positions = step.slot_mapping.data_ptr(), positions.data_ptr()
+        params.block_tables = step.block_tables.data_ptr()
+        params.context_lens = step.context_lens.data_ptr()
+        params.table_stride = step.block_tables.stride(0)
         params.q = self._q.data_ptr()
         num_rows = positions.shape[0]
         return self._q[:num_rows].view(num_rows, self._config.num_heads, self._config.head_dim)

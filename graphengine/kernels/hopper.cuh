@@ -58,6 +58,18 @@ __device__ __forceinline__ void load_box(
         : "memory");
 }
 
+// Asks for memory to be brought to the L2 cache; a multiple of 16 bytes, aligned to 16.
+__device__ __forceinline__ void prefetch(const void* from, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// In cycles of the multiprocessor.
+__device__ __forceinline__ u32 clock_now() {
+    u32 now;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
+    return now;
+}
+
 __device__ __forceinline__ u64 policy_evict_first() {
     u64 policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -213,9 +225,9 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 // 16 bytes from global to shared memory, past the L1 cache, or zeros where `bytes` is 0: this
 // thread's copies since the last commit make a group.
-__device__ __forceinline__ void copy_16(u32 to, const void* from, u32 bytes) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-                 "r"(bytes)
+__device__ __forceinline__ void copy_16(u32 to, const void* from, u32 bytes, u64 policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to),
+                 "l"(from), "r"(bytes), "l"(policy)
                  : "memory");
 }
 

@@ -128,6 +128,7 @@ struct Machine {
     ucontext_t main;
     int current = 0, num_threads = 0, slow = -1;
     u64 turns = 0;
+    std::vector<std::pair<const void*, u32>> prefetched;
     bool is_over = false;
 };
 
@@ -386,6 +387,13 @@ inline void barrier_wait(u32 barrier, u32 parity) {
 inline void load_box(u32 to, const TensorMap* map, int c, int r, u32 barrier, u64) {
     emulator::block().copies.push_back({to, barrier, *map, c, r});
 }
+inline void prefetch(const void* from, u32 bytes) {
+    emulator::machine.prefetched.push_back({from, bytes});
+}
+inline u32 clock_now() {
+    static u32 now;
+    return now += 1000;
+}
 inline u64 policy_evict_first() { return 0; }
 inline u64 policy_evict_last() { return 0; }
 
@@ -469,7 +477,7 @@ inline bf16 to_bf16(float value) {
 inline u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 
-inline void copy_16(u32 to, const void* from, u32 num_bytes) {
+inline void copy_16(u32 to, const void* from, u32 num_bytes, u64) {
     emulator::Fiber& f = emulator::fiber();
     const char* start = (const char*)from;
     if (!f.has_waited && num_bytes)
