@@ -446,8 +446,8 @@ def test_old_tokens_of_the_next_attention_are_asked_for_ahead(
 ) -> None:
     model, launcher = on_cpu
     case = Case(model, 3, CPU)
-    case.step.context_lens[:] = torch.tensor([1, 9, 400])
-    case.step.block_tables[:] = torch.tensor([[2, 2], [2, 2], [0, 1]])
+    case.step.context_lens[:] = torch.tensor([8, 9, 200])
+    case.step.block_tables[:] = torch.tensor([[1, 1], [2, 2], [0, 0]])
     token_bytes = model.num_kv_heads * model.head_dim * 2
     old: dict[int, tuple[int, int, int]] = {}
     for part, cache in enumerate(case.kv[0]):
