@@ -4,9 +4,10 @@
 
 Where it may, a kernel begins with `enter_early`: it lets the kernel after it start, then waits
 until all before it have ended and their writes can be seen. A kernel ends only after its own wait,
-so one wait covers all that came before, whatever they were. What stands above the wait may read
-what no kernel of the step writes: weights, and the step's inputs. CUDA C++ programming guide,
-"Programmatic Dependent Launch and Synchronization".
+or began in the usual way when all before it had ended, so one wait covers all that came before,
+whatever they were. What stands above the wait may read what no kernel of the step writes: weights,
+and the step's inputs. CUDA C++ programming guide, "Programmatic Dependent Launch and
+Synchronization".
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from graphengine.kernels.tiles import MAX_ROWS
 _MIN_CAPABILITY = (9, 0)
 
 
-def early_launch(x: Tensor, num_rows: int) -> dict[str, bool]:
+def early_launch(x: Tensor, num_rows: int, *, follows_ours: bool = False) -> dict[str, bool]:
     """Launch options of a kernel that reads `x` of `num_rows` rows; its EARLY among them.
 
-    Only up to the rows whose products are ours: cuBLAS does not let the next kernel in, and waiting
-    for it in this way costs about 1 us more than in the usual one."""
-    if num_rows <= MAX_ROWS and _has_early_launch(x.device):
-        return {"EARLY": True, "launch_pdl": True}
-    return {"EARLY": False}
+    It starts early up to the rows whose products are ours, and of more rows if the kernel before
+    it is ours: cuBLAS does not let the next kernel in, and waiting for it in this way costs about
+    1 us more than in the usual one. It lets the next kernel in either way."""
+    if not _has_early_launch(x.device):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": follows_ours or num_rows <= MAX_ROWS}
 
 
 @functools.cache

@@ -83,7 +83,8 @@ def paged_decode(
         WINDOW=window or 0,
         num_warps=4,
         num_stages=3,
-        **early_launch(q, num_rows),
+        # `rope_and_cache` comes before it.
+        **early_launch(q, num_rows, follows_ours=True),
     )
     return out
 
@@ -152,8 +153,8 @@ def _paged_decode_kernel(
     largest = tl.full((G_PADDED,), float("-inf"), tl.float32)
     mass = tl.zeros((G_PADDED,), tl.float32)
     sums = tl.zeros((G_PADDED, D), tl.float32)
+    block = tl.load(table_ptr + first_tile * TILE // BLOCK_SIZE).to(tl.int64)
     for tile in range(first_tile, last_tile):
-        block = tl.load(table_ptr + tile * TILE // BLOCK_SIZE).to(tl.int64)
         slots = tile * TILE % BLOCK_SIZE + tl.arange(0, TILE)
         positions = tile * TILE + tl.arange(0, TILE)
         inside = positions < length
@@ -164,6 +165,9 @@ def _paged_decode_kernel(
         v_ptrs = v_ptr + block * v_block_stride + slots[:, None] * v_slot_stride + dims[None, :]
         k = tl.load(k_ptrs, mask=inside[:, None], other=0.0)
         v = tl.load(v_ptrs, mask=inside[:, None], other=0.0)
+        # Carried over: a load that the loads above waited for would leave them one tile, not STAGES.
+        next_tile = tl.minimum(tile + 1, last_tile - 1)
+        block = tl.load(table_ptr + next_tile * TILE // BLOCK_SIZE).to(tl.int64)
         scores = tl.dot(q, k.trans()) * scale
         scores = tl.where(inside[None, :], scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, axis=1))
