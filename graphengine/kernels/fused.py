@@ -270,7 +270,9 @@ def _rope_and_cache_kernel(
         tl.store(out_ptrs, first, mask=inside & is_v)
         tl.store(out_ptrs + HALF, second, mask=inside & is_v)
 
-    scale = tl.rsqrt(tl.sum(first * first + second * second, axis=1, keep_dims=True) / (2 * HALF) + eps)
+    scale = tl.rsqrt(
+        tl.sum(first * first + second * second, axis=1, keep_dims=True) / (2 * HALF) + eps
+    )
     if q_weight_ptr is not None:
         first = tl.where(is_q, first * scale * q_first, first)
         second = tl.where(is_q, second * scale * q_second, second)
@@ -298,4 +300,3 @@ def _load_sum(
     for split in tl.static_range(1, SPLITS):
         total += tl.load(ptrs + split * split_stride, mask=inside, other=0.0).to(tl.float32)
     return total
-

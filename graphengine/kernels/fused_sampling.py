@@ -71,7 +71,12 @@ def sample(
     )
     sizes = (logits.stride(0), stop_ids.stride(0), vocab_size)
     _split_kernel[(num_rows, num_splits)](
-        *rows, *sizes, NUM_STOPS=stop_ids.shape[1], BLOCK=_SPLIT, CHUNK=_NOISE_CHUNK, num_warps=_SPLIT_WARPS,
+        *rows,
+        *sizes,
+        NUM_STOPS=stop_ids.shape[1],
+        BLOCK=_SPLIT,
+        CHUNK=_NOISE_CHUNK,
+        num_warps=_SPLIT_WARPS,
         **early_launch(logits, num_rows),
     )
     _combine_kernel[(num_rows,)](
@@ -124,9 +129,7 @@ def _split_kernel(
     first = split * BLOCK
     if (temperature < _MIN_TEMPERATURE) | _is_filtered(top_k, top_p, min_p, vocab_size):
         lanes = tl.arange(0, BLOCK)
-        scores = _load_logits(
-            row_ptr, first + lanes, vocab_size, stops_ptr, suppress, NUM_STOPS
-        )
+        scores = _load_logits(row_ptr, first + lanes, vocab_size, stops_ptr, suppress, NUM_STOPS)
         score = tl.max(scores, axis=0)
         # The lowest of equal ones; half of what it takes to carry the index along.
         lane = tl.min(tl.where(scores == score, lanes, BLOCK), axis=0)

@@ -165,7 +165,7 @@ def _paged_decode_kernel(
         v_ptrs = v_ptr + block * v_block_stride + slots[:, None] * v_slot_stride + dims[None, :]
         k = tl.load(k_ptrs, mask=inside[:, None], other=0.0)
         v = tl.load(v_ptrs, mask=inside[:, None], other=0.0)
-        # Carried over: a load that the loads above waited for would leave them one tile, not STAGES.
+        # Carried over: as a load that those above depend on it would take a stage of theirs.
         next_tile = tl.minimum(tile + 1, last_tile - 1)
         block = tl.load(table_ptr + next_tile * TILE // BLOCK_SIZE).to(tl.int64)
         scores = tl.dot(q, k.trans()) * scale
