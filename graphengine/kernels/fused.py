@@ -73,7 +73,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
         SPLITS=num_splits,
         BLOCK=block,
         num_warps=_num_warps(block),
-        **early_launch(x, num_tokens),
+        **early_launch(x, num_tokens, follows_ours=x.dim() == 3),
     )
     return out
 
@@ -96,8 +96,9 @@ def rope_and_cache(
     num_tokens, head_dim = qkv.shape[-2], cos_sin.shape[1]
     all_heads = num_heads + 2 * num_kv_heads
     num_splits, split_stride = _splits(qkv)
-    out = qkv
-    if qkv.dim() == 3:
+    if num_splits == 1:
+        out = qkv.view(qkv.shape[-2:]) if qkv.dim() == 3 else qkv
+    else:
         out = torch.empty(qkv.shape[1:], dtype=k_cache.dtype, device=qkv.device)
     half_padded = triton.next_power_of_2(head_dim // 2)
     _rope_and_cache_kernel[(num_tokens, triton.cdiv(all_heads, _HEADS_PER_PROGRAM))](
@@ -126,7 +127,7 @@ def rope_and_cache(
         HEADS_PER_PROGRAM=_HEADS_PER_PROGRAM,
         SPLITS=num_splits,
         num_warps=_num_warps(_HEADS_PER_PROGRAM * half_padded),
-        **early_launch(qkv, num_tokens),
+        **early_launch(qkv, num_tokens, follows_ours=qkv.dim() == 3),
     )
     heads = out.view(num_tokens, all_heads, head_dim)
     q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)

@@ -27,9 +27,10 @@ from graphengine.kernels.launch import early_launch, enter_early
 
 _MIN_TEMPERATURE = tl.constexpr(reference.MIN_TEMPERATURE)
 _SPLIT = 2048
-# One: no barriers, and 20 and more programs a multiprocessor that load while others reduce.
-_SPLIT_WARPS = 2
-_NOISE_CHUNK = 256
+# Tokens whose noise a program of a split makes at a time, and its warps. Many programs: few
+# registers each, so that more of them are under way. Few, which all are: none waits for itself.
+_FEW_PROGRAMS = 640
+_FEW_CUT, _MANY_CUT = (_SPLIT, 4), (256, 2)
 # A scan of a row by one program mostly waits for its loads, so several blocks are in flight.
 _SCAN_BLOCK = 4096
 _STAGES = tl.constexpr(4)
@@ -70,13 +71,14 @@ def sample(
         partial_ids,
     )
     sizes = (logits.stride(0), stop_ids.stride(0), vocab_size)
+    chunk, num_warps = _FEW_CUT if num_rows * num_splits <= _FEW_PROGRAMS else _MANY_CUT
     _split_kernel[(num_rows, num_splits)](
         *rows,
         *sizes,
         NUM_STOPS=stop_ids.shape[1],
         BLOCK=_SPLIT,
-        CHUNK=_NOISE_CHUNK,
-        num_warps=_SPLIT_WARPS,
+        CHUNK=chunk,
+        num_warps=num_warps,
         **early_launch(logits, num_rows),
     )
     _combine_kernel[(num_rows,)](
