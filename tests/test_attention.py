@@ -310,12 +310,15 @@ def test_paged_decode_gives_what_the_reference_gives(
 
 
 @pytest.mark.gpu
-def test_attention_that_starts_early_sees_what_rope_wrote() -> None:
+@pytest.mark.parametrize("starts_early", [False, True])
+def test_attention_of_many_rows_sees_what_rope_wrote(
+    starts_early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The newest token alone decides: its key is far the largest where the query is. Each replay
     has other tokens, so what an earlier one left in the caches or in q is wrong."""
-    from graphengine.kernels import fused
-    from graphengine.kernels.paged_decode import paged_decode
+    from graphengine.kernels import fused, paged_decode
 
+    monkeypatch.setattr(paged_decode, "_MANY_ROWS_START_EARLY", starts_early)
     device = torch.device("cuda")
     num_rows, num_heads, num_kv_heads, head_dim = 256, 4, 2, 128
     lengths = [1 + 7 * row for row in range(num_rows)]
@@ -345,7 +348,9 @@ def test_attention_that_starts_early_sees_what_rope_wrote() -> None:
         )
         tables, lens = metadata.block_tables, metadata.context_lens
         caches = cache.k_cache, cache.v_cache
-        return paged_decode(q, *caches, tables, lens, arrivals, window=None, num_splits=1)
+        return paged_decode.paged_decode(
+            q, *caches, tables, lens, arrivals, window=None, num_splits=1
+        )
 
     step()  # compiles, which a capture does not allow
     torch.cuda.synchronize()
