@@ -17,7 +17,7 @@ from dataclasses import dataclass
 # Above this many rows arithmetic counts too, and cuBLAS is ahead of all but small weights.
 MAX_ROWS = 64
 # Rows and elements of a weight up to which that is so, in a decode step.
-MAX_WIDE_ROWS = 256
+_MAX_WIDE_ROWS = 256
 _SMALL_WEIGHT = 2**23
 # Rows up to which it is so for a product in splits (o and down).
 _MAX_WIDE_SPLIT_ROWS = 256
@@ -53,7 +53,7 @@ _WIDE = {
         WideTiles(64, 32, 128, 1, 5, 4),
         WideTiles(64, 32, 128, 2, 5, 4),
     ),
-    MAX_WIDE_ROWS: (
+    _MAX_WIDE_ROWS: (
         WideTiles(128, 64, 64, 1, 5, 4),
         WideTiles(64, 64, 128, 1, 4, 4),
         WideTiles(64, 64, 128, 2, 4, 4),
@@ -61,7 +61,7 @@ _WIDE = {
 }
 _WIDE_SILU = {
     128: (WideTiles(128, 32, 64, 1, 5, 4),),
-    MAX_WIDE_ROWS: (WideTiles(128, 64, 64, 1, 6, 8),),
+    _MAX_WIDE_ROWS: (WideTiles(128, 64, 64, 1, 6, 8),),
 }
 
 
@@ -113,7 +113,7 @@ def wide_tiles(num_rows: int, num_features: int, depth: int, *, silu: bool) -> W
     [N, C] x [2I, C] under SiLU with F = I; None leaves it to cuBLAS. The same for all rows from 65
     to 128 and from 129 to 256."""
     num_elements = num_features * depth * (2 if silu else 1)
-    if not MAX_ROWS < num_rows <= MAX_WIDE_ROWS or num_elements > _SMALL_WEIGHT:
+    if not MAX_ROWS < num_rows <= _MAX_WIDE_ROWS or num_elements > _SMALL_WEIGHT:
         return None
     cuts = _WIDE_SILU if silu else _WIDE
     max_rows = min(rows for rows in cuts if rows >= num_rows)
