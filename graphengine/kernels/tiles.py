@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 # Above this many rows arithmetic counts too, and cuBLAS is ahead of all but small weights.
 MAX_ROWS = 64
-# Rows and elements of a weight up to which that is so, in a decode step.
+# Rows of a decode step, and elements of a weight, up to which such a product is ours.
 _MAX_WIDE_ROWS = 256
 _SMALL_WEIGHT = 2**23
-# Rows up to which it is so for a product in splits (o and down).
+# Rows up to which one in splits is (o and down of a 0.6B).
 _MAX_WIDE_SPLIT_ROWS = 256
-# Programs of such a product: at most the 132 multiprocessors, and most of them.
+# Its programs: at most the 132 multiprocessors, and most of them.
 _WIDE_PROGRAMS = range(96, 133)
 # Fewer rows tl.dot does not take.
 _MIN_ROWS = 16
