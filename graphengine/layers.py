@@ -72,12 +72,12 @@ class DecoderLayer(nn.Module):
 
         added: the same of the layer before, None in the first. residual: [N, E], gets `added` and
         attention's output in place."""
-        kernels = self._kernels
+        kernels, decode = self._kernels, isinstance(metadata, DecodeMetadata)
         if added is None:
             normed = kernels.rms_norm(residual, self.input_norm, self._eps)
         else:
             normed = kernels.add_rms_norm(added, residual, self.input_norm, self._eps)
-        qkv = kernels.linear(normed, self.qkv_proj, self.qkv_bias)
+        qkv = kernels.linear(normed, self.qkv_proj, self.qkv_bias, decode=decode)
         q, k, v = kernels.rope_and_cache(
             qkv,
             positions,
@@ -97,10 +97,12 @@ class DecoderLayer(nn.Module):
             attended = self._attention.prefill(
                 q, k, v, k_cache, v_cache, metadata, window=self._window
             )
-        hidden = kernels.linear(attended.flatten(1), self.o_proj, self.o_bias)
+        hidden = kernels.linear(attended.flatten(1), self.o_proj, self.o_bias, decode=decode)
         normed = kernels.add_rms_norm(hidden, residual, self.post_norm, self._eps)
-        activated = kernels.linear_silu_mul(normed, self.gate_up_proj, self.gate_up_bias)
-        return kernels.linear(activated, self.down_proj, self.down_bias)
+        activated = kernels.linear_silu_mul(
+            normed, self.gate_up_proj, self.gate_up_bias, decode=decode
+        )
+        return kernels.linear(activated, self.down_proj, self.down_bias, decode=decode)
 
     def decode_attention(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata

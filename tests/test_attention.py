@@ -320,6 +320,65 @@ def test_paged_decode_gives_what_the_reference_gives(
     torch.testing.assert_close(results[0], expected, rtol=2**-6, atol=2**-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("starts_early", [False, True])
+def test_attention_of_many_rows_sees_what_rope_wrote(
+    starts_early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest token alone decides: its key is far the largest where the query is. Each replay
+    has other tokens, so what an earlier one left in the caches or in q is wrong."""
+    from graphengine.kernels import fused, paged_decode
+
+    monkeypatch.setattr(paged_decode, "_MANY_ROWS_START_EARLY", starts_early)
+    device = torch.device("cuda")
+    num_rows, num_heads, num_kv_heads, head_dim = 256, 4, 2, 128
+    lengths = [1 + 7 * row for row in range(num_rows)]
+    cache = Cache(lengths, block_size=256, head_dim=head_dim, dtype=torch.bfloat16, device=device)
+    metadata = cache.decode_metadata()
+    positions = metadata.context_lens.long() - 1
+    blocks = cache.tables.long().gather(1, positions[:, None] // 256)[:, 0]
+    slots = blocks * 256 + positions % 256
+    cos_sin = torch.cat((torch.ones(2048, 64), torch.zeros(2048, 64)), dim=1).to(device)
+    arrivals = torch.zeros(0, dtype=torch.int32, device=device)
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    qkv = torch.zeros(num_rows, width, dtype=torch.bfloat16, device=device)
+
+    def step() -> Tensor:
+        q, _, _ = fused.rope_and_cache(
+            qkv.clone(),
+            positions,
+            cos_sin,
+            cache.k_cache,
+            cache.v_cache,
+            slots,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            q_weight=None,
+            k_weight=None,
+            eps=1e-6,
+        )
+        tables, lens = metadata.block_tables, metadata.context_lens
+        caches = cache.k_cache, cache.v_cache
+        return paged_decode.paged_decode(
+            q, *caches, tables, lens, arrivals, window=None, num_splits=1
+        )
+
+    step()  # compiles, which a capture does not allow
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        direction = torch.randn(num_rows, 1, head_dim).sign() * 4
+        v = torch.randn(num_rows, num_kv_heads, head_dim).bfloat16()
+        heads = direction.expand(-1, num_heads + num_kv_heads, -1).bfloat16()
+        qkv.copy_(torch.cat((heads, v), dim=1).flatten(1))
+        graph.replay()
+        expected = v.repeat_interleave(num_heads // num_kv_heads, dim=1).to(device)
+        assert torch.equal(out, expected), seed
+
+
 def randn_queries(num_rows: int, num_heads: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     q = torch.randn(num_rows, num_heads, 128, generator=generator)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from unittest.mock import Mock
 
@@ -26,7 +27,7 @@ from transformers.models.llama.modeling_llama import (
 from graphengine import kernels
 from graphengine.errors import BackendError
 from graphengine.kernels import kernels_for, reference
-from graphengine.kernels.tiles import linear_tiles, silu_tiles
+from graphengine.kernels.tiles import linear_tiles, silu_tiles, wide_tiles
 
 CUDA = torch.device("cuda")
 TOLERANCES = {
@@ -214,6 +215,10 @@ def test_partial_sums_count_as_their_sum() -> None:
     for result, expected in zip(case.run(reference), twin.run(reference), strict=True):
         torch.testing.assert_close(result, expected, **ROPE_TOLERANCES[torch.float32])
     torch.testing.assert_close(case.kv, twin.kv, **ROPE_TOLERANCES[torch.float32])
+    case = copy.deepcopy(twin)
+    case.qkv = case.qkv[None]
+    for result, expected in zip(case.run(reference), twin.run(reference), strict=True):
+        assert torch.equal(result, expected)
 
 
 # Products of real models: features, depth.
@@ -250,6 +255,41 @@ def test_cublas_has_many_rows_and_what_no_tile_divides() -> None:
     assert linear_tiles(1, 4096, 1000, whole=False) is None
     assert linear_tiles(1, 32001, 4096, whole=True) is None
     assert silu_tiles(1, 5, 64) is None
+
+
+# Qwen3-0.6B: features, depth; gate_up's under SiLU.
+SMALL_PRODUCTS = [(4096, 1024), (1024, 2048), (1024, 3072)]
+SMALL_SILU = (3072, 1024)
+
+
+@pytest.mark.parametrize("rows", [range(65, 129), range(129, 257)])
+def test_wide_products_have_one_cut_and_a_multiprocessor_for_each_program(rows: range) -> None:
+    cases = [(*shape, False) for shape in SMALL_PRODUCTS] + [(*SMALL_SILU, True)]
+    for num_features, depth, silu in cases:
+        cuts = {wide_tiles(num_rows, num_features, depth, silu=silu) for num_rows in rows}
+        (tiles,) = cuts
+        assert tiles is not None
+        assert num_features % tiles.block_f == 0
+        assert depth % (tiles.splits * tiles.block_c) == 0
+        row_tiles = -(-rows[-1] // tiles.block_n)
+        assert 96 <= num_features // tiles.block_f * tiles.splits * row_tiles <= 132
+        lines = tiles.block_n + tiles.block_f * (2 if silu else 1)
+        shared_bytes = 2 * tiles.num_stages * tiles.block_c * lines
+        # Of 228 KiB of a multiprocessor: no two programs, and one with its 1 KiB and barriers.
+        assert 114 * 2**10 < shared_bytes < 226 * 2**10
+        assert tiles.splits == 1 or not silu, "SiLU takes whole sums"
+
+
+def test_cublas_has_large_weights_of_more_rows() -> None:
+    for num_features, depth in PRODUCTS[:3]:  # of an 8B
+        for num_rows in (65, 128, 256):
+            assert wide_tiles(num_rows, num_features, depth, silu=False) is None
+    assert wide_tiles(256, 14336, 4096, silu=True) is None
+    assert wide_tiles(64, 4096, 1024, silu=False) is None
+    assert wide_tiles(257, 4096, 1024, silu=False) is None
+    assert wide_tiles(100, 4096, 1000, silu=False) is None
+    assert wide_tiles(100, 1024, 1024 + 128, silu=False) is None, "no halves of whole pieces"
+    assert wide_tiles(100, 256, 256, silu=False) is None, "too few programs"
 
 
 def test_cpu_gets_the_twins() -> None:
@@ -347,6 +387,107 @@ def test_fused_products_are_their_twins(
         gate, up = exact.chunk(2, dim=-1)
         activated = torch.nn.functional.silu(gate) * up
         check(fused.linear_silu_mul(x, weight, bias), activated, 32 if eps < 1e-6 else 8)
+
+
+@pytest.fixture
+def hopper_kernels(fused: ModuleType) -> ModuleType:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("products of more than 64 rows are left to cuBLAS on this GPU")
+    return fused
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("num_rows", [65, 80, 112, 128, 129, 161, 192, 255, 256])
+def test_wide_products_are_their_twins(
+    hopper_kernels: ModuleType, num_rows: int, has_bias: bool, dtype: torch.dtype
+) -> None:
+    """Against float64, as above. Rows past the last one are NaN. A row is the same to the bit
+    beside as many others as its cut takes."""
+    eps = torch.finfo(dtype).eps
+    most = 128 if num_rows <= 128 else 256
+    for num_features, depth in (*SMALL_PRODUCTS, (2 * SMALL_SILU[0], SMALL_SILU[1])):
+        silu = num_features == 2 * SMALL_SILU[0]
+        rows = torch.full((512, depth), float("nan"), dtype=dtype, device=CUDA)
+        rows[:most] = randn(most, depth, dtype=dtype).to(CUDA)
+        weight = (randn(num_features, depth, seed=1) / depth**0.5).to(CUDA, dtype)
+        bias = randn(num_features, dtype=dtype, seed=2).to(CUDA) if has_bias else None
+        expected = rows[:num_rows].double() @ weight.double().T
+        if bias is not None:
+            expected += bias.double()
+        if silu:
+            gate, up = expected.chunk(2, dim=-1)
+            expected = torch.nn.functional.silu(gate) * up
+            result, same = (
+                hopper_kernels.linear_silu_mul(rows[:count], weight, bias, decode=True)
+                for count in (num_rows, most)
+            )
+            assert torch.equal(result, same[:num_rows])
+        else:
+            result, same = (
+                hopper_kernels.linear(rows[:count], weight, bias, decode=True)
+                for count in (num_rows, most)
+            )
+            assert result.shape[1:] == (num_rows, num_features), "not left to cuBLAS"
+            assert torch.equal(result, same[:, :num_rows])
+            result = result.sum(0)
+        error = (result.double() - expected).abs() / (1.0 + expected.abs())
+        assert error.max() < (8 if silu else 2) * eps, (num_rows, weight.shape)
+        left = hopper_kernels.linear(rows[:num_rows], weight, bias)
+        assert torch.equal(left, torch.nn.functional.linear(rows[:num_rows], weight, bias))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [100, 256])
+def test_wide_products_that_start_early_see_what_came_before(
+    hopper_kernels: ModuleType, num_rows: int
+) -> None:
+    """Replays, whose kernels overlap, against the same kernels one at a time, on other inputs each
+    time, so that what an earlier replay left is wrong."""
+    (f, e), (_, h), (_, i) = SMALL_PRODUCTS
+    shapes = {"qkv": (f, e), "o": (e, h), "gate_up": (2 * i, e), "down": (e, i)}
+    weights = {
+        name: (randn(*shape, seed=n) / shape[1] ** 0.5).to(CUDA, torch.bfloat16)
+        for n, (name, shape) in enumerate(shapes.items())
+    }
+    ones = torch.ones(e, dtype=torch.bfloat16, device=CUDA)
+    x, residual = (
+        torch.zeros(num_rows, size, dtype=torch.bfloat16, device=CUDA) for size in (h, e)
+    )
+
+    def step(settle: Callable[[], None]) -> tuple[Tensor, Tensor]:
+        stream, added = residual.clone(), x
+        for _ in range(3):
+            settle()
+            added = hopper_kernels.linear(added, weights["o"], None, decode=True)
+            settle()
+            normed = hopper_kernels.add_rms_norm(added, stream, ones, 1e-6)
+            settle()
+            activated = hopper_kernels.linear_silu_mul(
+                normed, weights["gate_up"], None, decode=True
+            )
+            settle()
+            added = hopper_kernels.linear(activated, weights["down"], None, decode=True)
+            settle()
+            normed = hopper_kernels.add_rms_norm(added, stream, ones, 1e-6)
+            settle()
+            qkv = hopper_kernels.linear(normed, weights["qkv"], None, decode=True)
+            settle()
+            added = hopper_kernels.rms_norm(qkv[0, :, :h].contiguous(), ones.repeat(h // e), 1e-6)
+        return stream, added
+
+    step(torch.cuda.synchronize)  # compiles, which a capture does not allow
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(lambda: None)
+    for seed in range(10):
+        x.copy_(randn(num_rows, h, seed=seed))
+        residual.copy_(randn(num_rows, e, seed=seed + 100))
+        graph.replay()
+        for result, expected in zip(out, step(torch.cuda.synchronize), strict=True):
+            assert torch.equal(result, expected), seed
+        assert not out[1].isnan().any()
 
 
 @pytest.mark.gpu

@@ -27,7 +27,7 @@ from graphengine.attention import (
     make_attention,
 )
 from graphengine.attention.reference import ReferenceAttention
-from graphengine.kernels import kernels_for
+from graphengine.kernels import kernels_for, reference
 from graphengine.kv_cache import KVCache
 from graphengine.layers import rope_table
 from graphengine.model import DecoderModel
@@ -67,6 +67,24 @@ def load_model(path: Path, *, dtype: torch.dtype = torch.float32) -> DecoderMode
     model = empty_model(config, dtype=dtype)
     load_weights(model, path, config)
     return model
+
+
+class NotingKernels:
+    """The twins; notes whether products say that they are of a decode step."""
+
+    def __init__(self) -> None:
+        self.decode: list[bool] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(reference, name)
+
+    def linear(self, *args: Any, decode: bool = False, **options: Any) -> Tensor:
+        self.decode.append(decode)
+        return reference.linear(*args, **options)
+
+    def linear_silu_mul(self, *args: Any, decode: bool = False) -> Tensor:
+        self.decode.append(decode)
+        return reference.linear_silu_mul(*args)
 
 
 @dataclass
@@ -207,6 +225,22 @@ def test_ragged_prefill_then_decode_matches_transformers(case: Case) -> None:
     for s, logits in enumerate(case.paged.prefill(prompts)):
         assert_close(logits, case.expected[s][: LENGTHS[s]])
     case.decode_and_compare()
+
+
+def test_products_are_told_whether_the_step_is_a_decode_step(case: Case) -> None:
+    """A prefill is launched anew each time: its products run in what the host launches quickly."""
+    kernels = NotingKernels()
+    for layer in case.paged.model.layers:
+        layer._kernels = kernels  # type: ignore[assignment]
+    try:
+        case.paged.prefill({0: case.sequences[0][: LENGTHS[0]]})
+        num_products = 4 * len(case.paged.model.layers)
+        assert kernels.decode == [False] * num_products
+        case.paged.decode({0: 1})
+        assert kernels.decode[num_products:] == [True] * num_products
+    finally:
+        for layer in case.paged.model.layers:
+            layer._kernels = kernels_for(CPU)
 
 
 def test_chunked_prefill_then_decode_matches_transformers(case: Case) -> None:

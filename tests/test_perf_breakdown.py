@@ -25,7 +25,7 @@ from perf.workloads import GRID_STEPS
 MAIN, COPIES = 7, 9
 NORM, FLASH = "_add_rms_norm_kernel", "void flash::flash_fwd_splitkv_kernel<T<cutlass::half>>(P)"
 LAYER = (NORM, "_linear_kernel", "_rope_and_cache_kernel", FLASH, "nvjet_tst_64x8_64x16_4x1")
-LAYER += ("_linear_kernel", "_linear_kernel")
+LAYER += ("_linear_kernel", "_wide_linear_kernel")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_products_are_told_apart_by_their_place_in_the_step(config: ModelConfig)
         "qkv": ("_linear_kernel", 2.0),
         "o": ("nvjet_tst_64x8_64x16_4x1", 2.0),
         "gate_up": ("_linear_kernel", 2.0),
-        "down": ("_linear_kernel", 2.0),
+        "down": ("_wide_linear_kernel", 2.0),
         "lm_head": ("gemvNSP_kernel", 1.0),
     }
     assert {row["part"] for row in per_step["rows"]} - products.keys() == {

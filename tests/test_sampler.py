@@ -346,7 +346,8 @@ def random_options(num_rows: int, vocab_size: int, *, seed: int) -> dict[str, An
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
-    ("num_rows", "vocab_size"), [(1, 5), (64, 777), (33, 32_000), (256, 128_256), (40, 151_936)]
+    ("num_rows", "vocab_size"),
+    [(1, 5), (64, 777), (33, 32_000), (256, 128_256), (8, 151_936), (40, 151_936)],
 )
 def test_fused_draws_what_its_twin_draws(
     num_rows: int, vocab_size: int, dtype: torch.dtype

@@ -45,10 +45,18 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def linear(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool = False
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        whole: bool = False,
+        decode: bool = False,
     ) -> Tensor: ...
 
-    def linear_silu_mul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+    def linear_silu_mul(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, *, decode: bool = False
+    ) -> Tensor: ...
 
     def decode_chain(
         self,

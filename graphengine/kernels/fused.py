@@ -73,7 +73,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
         SPLITS=num_splits,
         BLOCK=block,
         num_warps=_num_warps(block),
-        **early_launch(x, num_tokens),
+        **early_launch(x, num_tokens, follows_ours=x.dim() == 3),
     )
     return out
 
@@ -96,8 +96,9 @@ def rope_and_cache(
     num_tokens, head_dim = qkv.shape[-2], cos_sin.shape[1]
     all_heads = num_heads + 2 * num_kv_heads
     num_splits, split_stride = _splits(qkv)
-    out = qkv
-    if qkv.dim() == 3:
+    if num_splits == 1:
+        out = qkv.view(qkv.shape[-2:]) if qkv.dim() == 3 else qkv
+    else:
         out = torch.empty(qkv.shape[1:], dtype=k_cache.dtype, device=qkv.device)
     half_padded = triton.next_power_of_2(head_dim // 2)
     _rope_and_cache_kernel[(num_tokens, triton.cdiv(all_heads, _HEADS_PER_PROGRAM))](
@@ -126,7 +127,7 @@ def rope_and_cache(
         HEADS_PER_PROGRAM=_HEADS_PER_PROGRAM,
         SPLITS=num_splits,
         num_warps=_num_warps(_HEADS_PER_PROGRAM * half_padded),
-        **early_launch(qkv, num_tokens),
+        **early_launch(qkv, num_tokens, follows_ours=qkv.dim() == 3),
     )
     heads = out.view(num_tokens, all_heads, head_dim)
     q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
@@ -244,10 +245,18 @@ def _rope_and_cache_kernel(
     qkv_ptrs = qkv_ptr + token * qkv_stride + heads * (2 * HALF) + dims
     present = inside & (heads < H + 2 * K)
     # Inputs of the step, and what they lead to: nothing below waits for one load after another.
+    # All are loaded for each head, though the same, so that they lie as its elements do.
     slot = tl.load(slot_mapping_ptr + token)
     cos_ptrs = cos_sin_ptr + tl.load(positions_ptr + token) * (2 * HALF) + dims
-    cos = tl.load(cos_ptrs, mask=inside, other=0.0)
-    sin = tl.load(cos_ptrs + HALF, mask=inside, other=0.0)
+    is_rotated = inside & (is_q | is_k)
+    cos = tl.load(cos_ptrs, mask=is_rotated, other=0.0)
+    sin = tl.load(cos_ptrs + HALF, mask=is_rotated, other=0.0)
+    if q_weight_ptr is not None:
+        q_first = tl.load(q_weight_ptr + dims, mask=inside & is_q, other=0.0).to(tl.float32)
+        q_second = tl.load(q_weight_ptr + dims + HALF, mask=inside & is_q, other=0.0).to(tl.float32)
+    if k_weight_ptr is not None:
+        k_first = tl.load(k_weight_ptr + dims, mask=inside & is_k, other=0.0).to(tl.float32)
+        k_second = tl.load(k_weight_ptr + dims + HALF, mask=inside & is_k, other=0.0).to(tl.float32)
     enter_early(EARLY)
     first = _load_sum(qkv_ptrs, present, split_stride, SPLITS)
     second = _load_sum(qkv_ptrs + HALF, present, split_stride, SPLITS)
@@ -262,15 +271,20 @@ def _rope_and_cache_kernel(
         tl.store(out_ptrs, first, mask=inside & is_v)
         tl.store(out_ptrs + HALF, second, mask=inside & is_v)
 
+    scale = tl.rsqrt(
+        tl.sum(first * first + second * second, axis=1, keep_dims=True) / (2 * HALF) + eps
+    )
     if q_weight_ptr is not None:
-        first, second = _normed_heads(first, second, q_weight_ptr, dims, is_q, eps, HALF)
+        first = tl.where(is_q, first * scale * q_first, first)
+        second = tl.where(is_q, second * scale * q_second, second)
     if k_weight_ptr is not None:
-        first, second = _normed_heads(first, second, k_weight_ptr, dims, is_k, eps, HALF)
+        first = tl.where(is_k, first * scale * k_first, first)
+        second = tl.where(is_k, second * scale * k_second, second)
 
     rotated_first = first * cos - second * sin
     rotated_second = second * cos + first * sin
-    tl.store(out_ptrs, rotated_first, mask=inside & (is_q | is_k))
-    tl.store(out_ptrs + HALF, rotated_second, mask=inside & (is_q | is_k))
+    tl.store(out_ptrs, rotated_first, mask=is_rotated)
+    tl.store(out_ptrs + HALF, rotated_second, mask=is_rotated)
 
     k_ptrs = k_cache_ptr + block * k_block_stride + offset * k_slot_stride
     k_ptrs += (heads - H) * (2 * HALF) + dims
@@ -287,24 +301,3 @@ def _load_sum(
     for split in tl.static_range(1, SPLITS):
         total += tl.load(ptrs + split * split_stride, mask=inside, other=0.0).to(tl.float32)
     return total
-
-
-@triton.jit
-def _normed_heads(
-    first: tl.tensor,
-    second: tl.tensor,
-    weight_ptr: tl.tensor,
-    dims: tl.tensor,
-    chosen: tl.tensor,
-    eps: tl.tensor,
-    HALF: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """RMSNorm over both halves of the chosen heads; the others as they are."""
-    weight_first = tl.load(weight_ptr + dims, mask=dims < HALF, other=0.0).to(tl.float32)
-    weight_second = tl.load(weight_ptr + HALF + dims, mask=dims < HALF, other=0.0).to(tl.float32)
-    square = tl.sum(first * first + second * second, axis=1, keep_dims=True)
-    scale = tl.rsqrt(square / (2 * HALF) + eps)
-    return (
-        tl.where(chosen, first * scale * weight_first, first),
-        tl.where(chosen, second * scale * weight_second, second),
-    )

@@ -1,12 +1,18 @@
 # mypy: disable-error-code="untyped-decorator"
 # (Triton is not installed where mypy runs, so its decorator has no type there.)
-"""How does a matrix product run on a GPU? Few rows of 16 bits in Triton, all else in cuBLAS.
+"""How does a matrix product run on a GPU? Few rows of 16 bits in Triton, and on Hopper those of a
+decode step if the weight is small; all else in cuBLAS.
 
 A decode step reads every weight once and does little with it: a product of few rows is bound by
 memory bandwidth, and what it loses is that a kernel starts and drains while nothing is read. So its
 programs split the input features where the output features alone give too few of them, and leave
 their partial sums to the next kernel, which reads its input anyway; it starts before the kernel
 that makes its input has ended (see `launch`); and SiLU happens on the sums.
+
+Of more rows, and a small weight, starting early is what there is to gain; the tensor cores count
+too. Both operands come by TMA: with the cuts that are fast, threads that load pointers are slower
+at 128 rows. It needs no allocator, but for each launch the host makes two descriptors, so only a
+decode step does this, which is captured: a prefill is launched anew each time.
 
 Letters: N tokens, F output features, C input features, S splits of C, I intermediate.
 """
@@ -18,16 +24,30 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from graphengine.kernels.launch import early_launch, enter_early
-from graphengine.kernels.tiles import Tiles, linear_tiles, padded_rows, silu_tiles
+from graphengine.kernels.launch import early_launch, enter_early, is_hopper
+from graphengine.kernels.tiles import (
+    Tiles,
+    WideTiles,
+    linear_tiles,
+    padded_rows,
+    silu_tiles,
+    wide_tiles,
+)
 
 _HALF = (torch.bfloat16, torch.float16)
 _SILU_BLOCK = 1024
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool = False) -> Tensor:
-    """`reference.linear`."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool = False, decode: bool = False
+) -> Tensor:
+    """`reference.linear`. What comes as [S, N, F] is of a kernel of ours."""
+    if decode and not whole and _may_be_wide(x):
+        wide = wide_tiles(x.shape[0], *weight.shape, silu=False)
+        if wide is not None:
+            return _launch_wide(x, weight, bias, wide, silu=False)
     tiles = linear_tiles(x.shape[0], *weight.shape, whole=whole)
     if tiles is None or x.dtype not in _HALF:
         return F.linear(x, weight, bias)
@@ -41,13 +61,52 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool = Fals
     return out
 
 
-def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_silu_mul(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, decode: bool = False
+) -> Tensor:
     """`reference.linear_silu_mul`."""
+    if decode and _may_be_wide(x):
+        wide = wide_tiles(x.shape[0], weight.shape[0] // 2, weight.shape[1], silu=True)
+        if wide is not None:
+            return _launch_wide(x, weight, bias, wide, silu=True)[0]
     tiles = silu_tiles(x.shape[0], weight.shape[0] // 2, weight.shape[1])
     if tiles is None or x.dtype not in _HALF:
         return _silu_mul(F.linear(x, weight, bias))
     out = torch.empty((x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=x.device)
     _launch(x, weight, bias, out, tiles, silu=True)
+    return out
+
+
+def _may_be_wide(x: Tensor) -> bool:
+    return x.dtype in _HALF and is_hopper(x.device)
+
+
+def _launch_wide(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tiles: WideTiles, *, silu: bool
+) -> Tensor:
+    """[S, N, F]."""
+    num_rows, depth = x.shape
+    num_features = weight.shape[0] // (2 if silu else 1)
+    dtype = x.dtype if tiles.splits == 1 else torch.float32
+    out = torch.empty((tiles.splits, num_rows, num_features), dtype=dtype, device=x.device)
+    row_tiles = triton.cdiv(num_rows, tiles.block_n)
+    _wide_linear_kernel[(num_features // tiles.block_f, tiles.splits, row_tiles)](
+        TensorDescriptor.from_tensor(x, [tiles.block_n, tiles.block_c]),
+        TensorDescriptor.from_tensor(weight, [tiles.block_f, tiles.block_c]),
+        bias,
+        out,
+        num_rows,
+        num_features,
+        depth // tiles.splits,
+        BLOCK_N=tiles.block_n,
+        BLOCK_F=tiles.block_f,
+        BLOCK_C=tiles.block_c,
+        SILU=silu,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        # A norm, attention or a product of ours comes before it.
+        **early_launch(x, num_rows, follows_ours=True),
+    )
     return out
 
 
@@ -126,7 +185,61 @@ def _linear_kernel(
             up_ptrs += BLOCK_C
         x_ptrs += BLOCK_C
         weight_ptrs += BLOCK_C
+    _store(
+        sums, up_sums, bias_ptr, out_ptr, split, rows, features, num_rows, num_features, SILU=SILU
+    )
 
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _wide_linear_kernel(
+    x_desc: tl.tensor,
+    weight_desc: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    num_features: tl.tensor,
+    split_depth: tl.tensor,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SILU: tl.constexpr,
+    EARLY: tl.constexpr,
+) -> None:
+    split = tl.program_id(1)
+    feature = tl.program_id(0) * BLOCK_F
+    row = tl.program_id(2) * BLOCK_N
+    column = split * split_depth
+    sums = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
+    up_sums = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
+    enter_early(EARLY)
+    for offset in range(0, split_depth, BLOCK_C):
+        # Rows past the last one come as zeros.
+        x = x_desc.load([row, column + offset])
+        sums = tl.dot(x, weight_desc.load([feature, column + offset]).trans(), sums)
+        if SILU:
+            up = weight_desc.load([num_features + feature, column + offset])
+            up_sums = tl.dot(x, up.trans(), up_sums)
+    rows = row + tl.arange(0, BLOCK_N)
+    features = feature + tl.arange(0, BLOCK_F)
+    _store(
+        sums, up_sums, bias_ptr, out_ptr, split, rows, features, num_rows, num_features, SILU=SILU
+    )
+
+
+@triton.jit
+def _store(
+    sums: tl.tensor,
+    up_sums: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    split: tl.tensor,
+    rows: tl.tensor,
+    features: tl.tensor,
+    num_rows: tl.tensor,
+    num_features: tl.tensor,
+    SILU: tl.constexpr,
+) -> None:
+    """Sums [N, F] of a program, with the bias, or SiLU of them times up_sums, to out [S, N, F]."""
     if bias_ptr is not None:  # noqa: SIM102  # known when compiled, the other when run
         if split == 0:
             sums += tl.load(bias_ptr + features).to(tl.float32)[None, :]
@@ -134,11 +247,12 @@ def _linear_kernel(
                 up_sums += tl.load(bias_ptr + num_features + features).to(tl.float32)[None, :]
     if SILU:
         # Rounded as they are where they are stored between two kernels.
-        gate = sums.to(x_ptr.dtype.element_ty).to(tl.float32)
-        up = up_sums.to(x_ptr.dtype.element_ty).to(tl.float32)
+        gate = sums.to(out_ptr.dtype.element_ty).to(tl.float32)
+        up = up_sums.to(out_ptr.dtype.element_ty).to(tl.float32)
         sums = gate * tl.sigmoid(gate) * up
     lines = (split * num_rows + rows).to(tl.int64)[:, None]
-    tl.store(out_ptr + lines * num_features + features[None, :], sums, mask=inside)
+    out_ptrs = out_ptr + lines * num_features + features[None, :]
+    tl.store(out_ptrs, sums, mask=(rows < num_rows)[:, None])
 
 
 @triton.jit

@@ -23,9 +23,14 @@ import triton.language as tl
 from torch import Tensor
 
 from graphengine.kernels import reference
+from graphengine.kernels.launch import early_launch, enter_early
 
 _MIN_TEMPERATURE = tl.constexpr(reference.MIN_TEMPERATURE)
 _SPLIT = 2048
+# Tokens whose noise a program of a split makes at a time, and its warps. Many programs: few
+# registers each, so that more of them are under way. Few, which all are: none waits for itself.
+_FEW_PROGRAMS = 640
+_FEW_CUT, _MANY_CUT = (_SPLIT, 4), (256, 2)
 # A scan of a row by one program mostly waits for its loads, so several blocks are in flight.
 _SCAN_BLOCK = 4096
 _STAGES = tl.constexpr(4)
@@ -66,8 +71,15 @@ def sample(
         partial_ids,
     )
     sizes = (logits.stride(0), stop_ids.stride(0), vocab_size)
+    chunk, num_warps = _FEW_CUT if num_rows * num_splits <= _FEW_PROGRAMS else _MANY_CUT
     _split_kernel[(num_rows, num_splits)](
-        *rows, *sizes, NUM_STOPS=stop_ids.shape[1], BLOCK=_SPLIT, num_warps=4
+        *rows,
+        *sizes,
+        NUM_STOPS=stop_ids.shape[1],
+        BLOCK=_SPLIT,
+        CHUNK=chunk,
+        num_warps=num_warps,
+        **early_launch(logits, num_rows),
     )
     _combine_kernel[(num_rows,)](
         *rows,
@@ -79,6 +91,7 @@ def sample(
         SPLITS_PADDED=triton.next_power_of_2(num_splits),
         BLOCK=_SCAN_BLOCK,
         num_warps=16,
+        **early_launch(logits, num_rows, follows_ours=True),
     )
     return token_ids
 
@@ -101,26 +114,44 @@ def _split_kernel(
     vocab_size: tl.tensor,
     NUM_STOPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    ids = split * BLOCK + tl.arange(0, BLOCK)
+    temperature = tl.load(temperature_ptr + row)
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    min_p = tl.load(min_p_ptr + row)
+    suppress = tl.load(suppress_ptr + row)
+    enter_early(EARLY)
     row_ptr = logits_ptr + row * logits_stride
     stops_ptr = stop_ids_ptr + row * stops_stride
-    suppress = tl.load(suppress_ptr + row)
-    scores = _load_logits(row_ptr, ids, vocab_size, stops_ptr, suppress, NUM_STOPS)
-    temperature = tl.load(temperature_ptr + row)
-    if temperature >= _MIN_TEMPERATURE:
-        top_k = tl.load(top_k_ptr + row)
-        top_p = tl.load(top_p_ptr + row)
-        min_p = tl.load(min_p_ptr + row)
-        if not _is_filtered(top_k, top_p, min_p, vocab_size):
-            noise = _gumbel_noise(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), ids)
-            scores = tl.div_rn(scores, temperature) + noise
-    score, lane = tl.max(scores, axis=0, return_indices=True)
     partial = row * tl.num_programs(1) + split
-    tl.store(partial_scores_ptr + partial, score)
-    tl.store(partial_ids_ptr + partial, split * BLOCK + lane)
+    first = split * BLOCK
+    if (temperature < _MIN_TEMPERATURE) | _is_filtered(top_k, top_p, min_p, vocab_size):
+        lanes = tl.arange(0, BLOCK)
+        scores = _load_logits(row_ptr, first + lanes, vocab_size, stops_ptr, suppress, NUM_STOPS)
+        score = tl.max(scores, axis=0)
+        # The lowest of equal ones; half of what it takes to carry the index along.
+        lane = tl.min(tl.where(scores == score, lanes, BLOCK), axis=0)
+        tl.store(partial_scores_ptr + partial, score)
+        tl.store(partial_ids_ptr + partial, first + lane)
+    else:
+        # In pieces, for the registers: the fewer, the more programs have loads under way.
+        seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
+        best = tl.full([CHUNK], -float("inf"), dtype=tl.float32)
+        best_ids = first + tl.arange(0, CHUNK)
+        for start in range(0, BLOCK, CHUNK):
+            ids = first + start + tl.arange(0, CHUNK)
+            logits = _load_logits(row_ptr, ids, vocab_size, stops_ptr, suppress, NUM_STOPS)
+            noisy = tl.div_rn(logits, temperature) + _gumbel_noise(seed, position, ids)
+            best_ids = tl.where(noisy > best, ids, best_ids)
+            best = tl.maximum(best, noisy)
+        score = tl.max(best, axis=0)
+        tl.store(partial_scores_ptr + partial, score)
+        best_id = tl.min(tl.where(best == score, best_ids, first + BLOCK), axis=0)
+        tl.store(partial_ids_ptr + partial, best_id)
 
 
 @triton.jit
@@ -145,18 +176,20 @@ def _combine_kernel(
     ZERO_BITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
+    temperature = tl.load(temperature_ptr + row)
+    top_k = tl.load(top_k_ptr + row)
+    top_p = tl.load(top_p_ptr + row)
+    min_p = tl.load(min_p_ptr + row)
+    enter_early(EARLY)
     scores_ptr = partial_scores_ptr + row * num_splits
     splits = tl.arange(0, SPLITS_PADDED)
     scores = tl.load(scores_ptr + splits, mask=splits < num_splits, other=-float("inf"))
     largest, split = tl.max(scores, axis=0, return_indices=True)
     token_id = tl.load(partial_ids_ptr + row * num_splits + split)
 
-    temperature = tl.load(temperature_ptr + row)
-    top_k = tl.load(top_k_ptr + row)
-    top_p = tl.load(top_p_ptr + row)
-    min_p = tl.load(min_p_ptr + row)
     if (temperature >= _MIN_TEMPERATURE) & _is_filtered(top_k, top_p, min_p, vocab_size):
         row_ptr = logits_ptr + row * logits_stride
         stops_ptr = stop_ids_ptr + row * stops_stride

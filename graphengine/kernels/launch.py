@@ -4,9 +4,10 @@
 
 Where it may, a kernel begins with `enter_early`: it lets the kernel after it start, then waits
 until all before it have ended and their writes can be seen. A kernel ends only after its own wait,
-so one wait covers all that came before, whatever they were. What stands above the wait may read
-what no kernel of the step writes: weights, and the step's inputs. CUDA C++ programming guide,
-"Programmatic Dependent Launch and Synchronization".
+or began in the usual way when all before it had ended, so one wait covers all that came before,
+whatever they were. What stands above the wait may read what no kernel of the step writes: weights,
+and the step's inputs. CUDA C++ programming guide, "Programmatic Dependent Launch and
+Synchronization".
 """
 
 from __future__ import annotations
@@ -21,22 +22,27 @@ from triton.language.extra import cuda as tl_cuda
 
 from graphengine.kernels.tiles import MAX_ROWS
 
-_MIN_CAPABILITY = (9, 0)
+_HOPPER = (9, 0)
 
 
-def early_launch(x: Tensor, num_rows: int) -> dict[str, bool]:
+def early_launch(x: Tensor, num_rows: int, *, follows_ours: bool = False) -> dict[str, bool]:
     """Launch options of a kernel that reads `x` of `num_rows` rows; its EARLY among them.
 
-    Only up to the rows whose products are ours: cuBLAS does not let the next kernel in, and waiting
-    for it in this way costs about 1 us more than in the usual one."""
-    if num_rows <= MAX_ROWS and _has_early_launch(x.device):
-        return {"EARLY": True, "launch_pdl": True}
-    return {"EARLY": False}
+    It starts early up to the rows whose products are all ours, and of more rows if the kernel
+    before it is ours: cuBLAS does not let the next kernel in, and waiting for it in this way costs
+    about 1 us more than in the usual one. It lets the next kernel in either way."""
+    if _capability(x.device) < _HOPPER:
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": follows_ours or num_rows <= MAX_ROWS}
+
+
+def is_hopper(device: torch.device) -> bool:
+    return _capability(device) == _HOPPER
 
 
 @functools.cache
-def _has_early_launch(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 @triton.jit

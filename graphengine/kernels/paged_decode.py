@@ -20,6 +20,13 @@ from torch import Tensor
 
 from graphengine.kernels.launch import early_launch, enter_early
 
+# Does it start while `rope_and_cache` still runs where there are more rows than `tiles.MAX_ROWS`?
+# Measured, perf/LOG.md: no gain there. (Up to those rows everything does.)
+_MANY_ROWS_START_EARLY = False
+# Positions that a program loads at a time, alone with its row or beside other splits of it: many
+# rows hide a long wait for memory, a few cannot. And how many loads ahead.
+_TILE, _SPLIT_TILE = 128, 64
+_STAGES = 3
 _LOG2_E = 1.4426950408889634
 # tl.dot takes no fewer rows.
 _MIN_DOT = 16
@@ -43,8 +50,7 @@ def paged_decode(
     num_rows, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
-    # Many rows hide a long wait for memory, a few cannot.
-    tile = 128 if num_splits == 1 else 64
+    tile = _TILE if num_splits == 1 else _SPLIT_TILE
     assert block_size % tile == 0
     assert head_dim == triton.next_power_of_2(head_dim)
     assert num_splits == 1 or arrivals.numel() >= num_rows * num_kv_heads
@@ -55,6 +61,7 @@ def paged_decode(
         partial_stats = torch.empty((2, *shape), dtype=torch.float32, device=q.device)
     else:
         partial_out = partial_stats = out
+    early = early_launch(q, num_rows, follows_ours=_MANY_ROWS_START_EARLY)
     _paged_decode_kernel[(num_kv_heads, num_splits, num_rows)](
         q,
         k_cache,
@@ -82,8 +89,9 @@ def paged_decode(
         SPLITS=num_splits,
         WINDOW=window or 0,
         num_warps=4,
-        num_stages=3,
-        **early_launch(q, num_rows),
+        num_stages=_STAGES,
+        PREFETCH=early.get("launch_pdl", False),
+        **early,
     )
     return out
 
@@ -115,6 +123,7 @@ def _paged_decode_kernel(
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
+    PREFETCH: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
     head = tl.program_id(0)
@@ -140,7 +149,7 @@ def _paged_decode_kernel(
     table_ptr = tables_ptr + row.to(tl.int64) * tables_stride
     k_ptr += head * D
     v_ptr += head * D
-    if EARLY:
+    if PREFETCH:
         # Only asks for the first tile: the L2 cache is where all see the same, so the newest token
         # may still be written to it.
         block = tl.load(table_ptr + first_tile * TILE // BLOCK_SIZE).to(tl.int64)

@@ -58,8 +58,8 @@ def rope_and_cache(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm (where a weight is given) and RoPE of q and k in place, and k and v into the caches.
 
-    qkv: [N, (H + 2K) * D], q | k | v; its rows may be strided. Or the partial sums of that
-        product, float32 [S, N, (H + 2K) * D]; then the result is a new tensor of the caches' dtype.
+    qkv: [N, (H + 2K) * D], q | k | v; its rows may be strided. Or as `linear` gives it,
+        [S, N, (H + 2K) * D]; then the result may be a new tensor, of the caches' dtype.
     positions: int64 [N].
     cos_sin: float32 [P, D], cos then sin of the D/2 angles. Rotation pairs d with d + D/2, as
         Hugging Face's Llama does.
@@ -84,15 +84,22 @@ def rope_and_cache(
     return q, k, v
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool = False) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool = False, decode: bool = False
+) -> Tensor:
     """x [N, C] times weight [F, C] transposed, plus bias [F]: [N, F] of x's dtype; or, unless
-    `whole`, its partial sums over parts of C, float32 [S, N, F]."""
+    `whole`, its partial sums over parts of C, float32 [S, N, F], or [1, N, F] of x's dtype.
+
+    decode: of a decode step, which is launched once and replayed: more rows than else may run in
+    kernels that take the host long to launch. How sums round may differ."""
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def linear_silu_mul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_silu_mul(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, decode: bool = False
+) -> Tensor:
     """silu(gate) * up, float32 inside, of the product with weight [2I, C], gate over up, plus bias
-    [2I]: [N, I]. The product is rounded to x's dtype first."""
+    [2I]: [N, I]. The product is rounded to x's dtype first. decode: as in `linear`."""
     gate, up = linear(x, weight, bias).float().chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up).to(x.dtype)
 

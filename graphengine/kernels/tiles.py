@@ -1,5 +1,9 @@
 """Into which pieces is a matrix product of few rows cut? Rules, from the product's shape alone.
 
+A product of more than MAX_ROWS rows has one program for each multiprocessor, in one wave: with two
+side by side, as a kernel that starts early finds room for, some would take twice as long. So the
+shared memory of each cut (num_stages loads of both operands) is more than half of what there is.
+
 Not from a measurement at start-up: the cut decides how sums round, and a job that goes on after a
 crash must get the tokens it would have got. The figures behind the rules are in perf/LOG.md.
 
@@ -10,8 +14,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Above this many rows arithmetic counts too, and cuBLAS is ahead.
+# Above this many rows arithmetic counts too, and cuBLAS is ahead of all but small weights.
 MAX_ROWS = 64
+# Rows of a decode step, and elements of a weight, up to which such a product is ours.
+_MAX_WIDE_ROWS = 256
+_SMALL_WEIGHT = 2**23
+# Rows up to which one in splits is (o and down of a 0.6B).
+_MAX_WIDE_SPLIT_ROWS = 256
+# Its programs: at most the 132 multiprocessors, and most of them.
+_WIDE_PROGRAMS = range(96, 133)
 # Fewer rows tl.dot does not take.
 _MIN_ROWS = 16
 # Programs that keep the 132 multiprocessors of an H100 or H200 at work, and the least depth of one.
@@ -21,6 +32,37 @@ _MIN_SPLIT_DEPTH = 512
 _LARGE_WEIGHT = 2**24
 # From so many output features on there are programs enough with large tiles: an LM head.
 _MANY_FEATURES = 2**15
+
+
+@dataclass(frozen=True, slots=True)
+class WideTiles:
+    """block_n rows, and otherwise as `Tiles`."""
+
+    block_n: int
+    block_f: int
+    block_c: int
+    splits: int
+    num_stages: int
+    num_warps: int
+
+
+# By rows, up to: the first that gives _WIDE_PROGRAMS is taken. SiLU's hold two block_f x block_c.
+_WIDE = {
+    128: (
+        WideTiles(64, 64, 128, 1, 5, 4),
+        WideTiles(64, 32, 128, 1, 5, 4),
+        WideTiles(64, 32, 128, 2, 5, 4),
+    ),
+    _MAX_WIDE_ROWS: (
+        WideTiles(128, 64, 64, 1, 5, 4),
+        WideTiles(64, 64, 128, 1, 4, 4),
+        WideTiles(64, 64, 128, 2, 4, 4),
+    ),
+}
+_WIDE_SILU = {
+    128: (WideTiles(128, 32, 64, 1, 5, 4),),
+    _MAX_WIDE_ROWS: (WideTiles(128, 64, 64, 1, 6, 8),),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +106,24 @@ def silu_tiles(num_rows: int, num_features: int, depth: int) -> Tiles | None:
     else:
         tiles = Tiles(32, 128, 1, 4)
     return _checked(tiles, num_features, depth)
+
+
+def wide_tiles(num_rows: int, num_features: int, depth: int, *, silu: bool) -> WideTiles | None:
+    """How to cut the product of more than MAX_ROWS rows of a decode step, [N, C] x [F, C], or
+    [N, C] x [2I, C] under SiLU with F = I; None leaves it to cuBLAS. The same for all rows from 65
+    to 128 and from 129 to 256."""
+    num_elements = num_features * depth * (2 if silu else 1)
+    if not MAX_ROWS < num_rows <= _MAX_WIDE_ROWS or num_elements > _SMALL_WEIGHT:
+        return None
+    cuts = _WIDE_SILU if silu else _WIDE
+    max_rows = min(rows for rows in cuts if rows >= num_rows)
+    for tiles in cuts[max_rows]:
+        num_programs = max_rows // tiles.block_n * (num_features // tiles.block_f) * tiles.splits
+        fits = num_features % tiles.block_f == 0 and depth % (tiles.splits * tiles.block_c) == 0
+        if fits and num_programs in _WIDE_PROGRAMS:
+            left = tiles.splits > 1 and num_rows > _MAX_WIDE_SPLIT_ROWS
+            return None if left else tiles
+    return None
 
 
 def padded_rows(num_rows: int) -> int:
