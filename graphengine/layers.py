@@ -34,7 +34,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self._kernels = kernels
         self._attention = attention
-        self._window = window
+        self.window = window
         self._num_heads = config.num_heads
         self._num_kv_heads = config.num_kv_heads
         self._eps = config.rms_norm_eps
@@ -95,7 +95,7 @@ class DecoderLayer(nn.Module):
             attended = self.decode_attention(q, k_cache, v_cache, metadata)
         else:
             attended = self._attention.prefill(
-                q, k, v, k_cache, v_cache, metadata, window=self._window
+                q, k, v, k_cache, v_cache, metadata, window=self.window
             )
         hidden = kernels.linear(attended.flatten(1), self.o_proj, self.o_bias, decode=decode)
         normed = kernels.add_rms_norm(hidden, residual, self.post_norm, self._eps)
@@ -108,7 +108,7 @@ class DecoderLayer(nn.Module):
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata
     ) -> Tensor:
         """See AttentionBackend.decode."""
-        return self._attention.decode(q, k_cache, v_cache, metadata, window=self._window)
+        return self._attention.decode(q, k_cache, v_cache, metadata, window=self.window)
 
 
 def empty_parameter(

@@ -45,17 +45,21 @@ class DecoderModel(nn.Module):
         self._kernels = kernels
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = empty_parameter(shape, dtype=dtype, device=device)
+        # A window nobody can reach past is none: flash-attn is faster without.
+        windows = [
+            window if window is not None and window < max_model_len else None
+            for window in config.sliding_windows
+        ]
         self.layers = nn.ModuleList(
             DecoderLayer(
                 config,
-                # A window nobody can reach past is none: flash-attn is faster without.
-                window=window if window is not None and window < max_model_len else None,
+                window=window,
                 dtype=dtype,
                 device=device,
                 kernels=kernels,
                 attention=attention,
             )
-            for window in config.sliding_windows
+            for window in windows
         )
         self.norm = empty_parameter((config.hidden_size,), dtype=dtype, device=device)
         self.lm_head = (
@@ -66,6 +70,15 @@ class DecoderModel(nn.Module):
         self._cos_sin = rope_table(
             config.rope, head_dim=config.head_dim, num_positions=max_model_len, device=device
         )
+        if any(window is None for window in windows):
+            attention.prepare(
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                block_size=block_size,
+                dtype=dtype,
+                device=device,
+            )
         self._chain = kernels.decode_chain(
             config, cos_sin=self._cos_sin, block_size=block_size, dtype=dtype, device=device
         )

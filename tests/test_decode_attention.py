@@ -80,6 +80,7 @@ SHAPES = {
     "d64": Shape(32, 4, 64),
     "one-each": Shape(8, 8, 128),
     "sixteen-each": Shape(32, 2, 128),
+    "seven-each": Shape(28, 4, 128),
 }
 
 
@@ -167,20 +168,15 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     return compiled
 
 
-def run_on_cpu(
-    case: Case, compiled: tuple[Shape, CpuAttentionLauncher, Tuning], *, poison: bool = True
-) -> Tensor:
-    """poison: queries and newest tokens are NaN until the kernel ahead is waited for."""
+def run_on_cpu(case: Case, compiled: tuple[Shape, CpuAttentionLauncher, Tuning]) -> Tensor:
+    """Queries and newest tokens are NaN until the kernel ahead is waited for."""
     shape, launcher, tuning = compiled
     attention = shape.make(CPU, launcher, tuning)
     late = [case.q[row] for row in range(len(case.q))]
     late += [cache[at] for cache in (case.k_cache, case.v_cache) for at in case.newest]
-    if poison:
-        launcher.writes = [(tensor, tensor.clone()) for tensor in late]
-        for tensor in late:
-            tensor.fill_(float("nan"))
-    else:
-        launcher.writes = ()
+    launcher.writes = [(tensor, tensor.clone()) for tensor in late]
+    for tensor in late:
+        tensor.fill_(float("nan"))
     return case.run(attention)
 
 
@@ -207,7 +203,7 @@ def test_long_contexts_and_padded_rows_agree_with_float32(on_cpu: Compiled) -> N
 
 @pytest.mark.parametrize(
     "changes",
-    [{"warps": 2}, {"stages": 3}, {"stages": 8}, {"max_segments": 4}, {"max_segments": 32}],
+    [{"warps": 2}, {"stages": 3}, {"stages": 8}, {"segments": 4}, {"segments": 16}],
 )
 def test_other_tunings_agree_with_float32(on_cpu: Compiled, changes: dict[str, int]) -> None:
     compiled = on_cpu(2, 1, 64, 4, **changes)
@@ -228,6 +224,17 @@ def test_a_row_on_a_cpu_is_alike_alone_and_among_others(on_cpu: Compiled) -> Non
             assert torch.equal(out, first[:num_rows])
     many = Case(shape, contexts + [5 + 3 * i for i in range(25)])
     assert torch.equal(run_on_cpu(many, on_cpu(4, 2, 64))[:7], first)
+
+
+def test_a_row_on_a_cpu_is_alike_in_any_place(on_cpu: Compiled) -> None:
+    compiled = on_cpu(4, 2, 64)
+    contexts = [900, 64, 640, 1, 130, 77, 1500]
+    first = run_on_cpu(Case(compiled[0], contexts), compiled).clone()
+    order = torch.tensor([6, 3, 5, 0, 2, 1, 4])
+    case = Case(compiled[0], contexts)
+    case.q.copy_(case.q[order].clone())
+    case.tables, case.lens = case.tables[order], case.lens[order]
+    assert torch.equal(run_on_cpu(case, compiled), first[order])
 
 
 def test_blocks_of_one_row_may_end_in_any_order(on_cpu: Compiled) -> None:

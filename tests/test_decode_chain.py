@@ -96,6 +96,7 @@ class Layer:
     post_norm: Tensor
     gate_up_proj: Tensor
     down_proj: Tensor
+    window: int | None = None
 
 
 @dataclass
@@ -162,11 +163,11 @@ class Case:
         assert DecodeChain.takes(self.config, dtype=torch.bfloat16, device=CUDA)
         return self.run(self.make())
 
-    def make(self, launcher: Launcher | None = None) -> DecodeChain:
+    def make(self, launcher: Launcher | None = None, block_size: int = BLOCK_SIZE) -> DecodeChain:
         return DecodeChain(
             self.config,
             cos_sin=self.cos_sin,
-            block_size=BLOCK_SIZE,
+            block_size=block_size,
             device=self.device,
             launcher=launcher,
         )
@@ -446,7 +447,7 @@ def test_old_tokens_of_the_next_attention_are_asked_for_ahead(
 ) -> None:
     model, launcher = on_cpu
     case = Case(model, 3, CPU)
-    case.step.context_lens[:] = torch.tensor([8, 9, 200])
+    case.step.context_lens[:] = torch.tensor([64, 65, 200])
     case.step.block_tables[:] = torch.tensor([[1, 1], [2, 2], [0, 0]])
     token_bytes = model.num_kv_heads * model.head_dim * 2
     old: dict[int, tuple[int, int, int]] = {}
@@ -456,16 +457,23 @@ def test_old_tokens_of_the_next_attention_are_asked_for_ahead(
                 slot = blocks[token // BLOCK_SIZE] * BLOCK_SIZE + token % BLOCK_SIZE
                 old[cache.data_ptr() + slot * token_bytes] = (part, row, token)
     layer = case.layers[0]
-    case.make(launcher).begin(
-        case.token_ids, case.positions, case.embedding, layer, *case.kv[0], case.step
-    )
-    for place, num_bytes in launcher.prefetched:
-        assert num_bytes == 8 * token_bytes
-        assert all(place + i * token_bytes in old for i in range(8))
+
+    def asked_for(block_size: int = BLOCK_SIZE) -> list[tuple[int, int]]:
+        case.make(launcher, block_size).begin(
+            case.token_ids, case.positions, case.embedding, layer, *case.kv[0], case.step
+        )
+        return launcher.prefetched
+
+    # 16 KiB, and every second piece.
+    piece = 64
+    for place, num_bytes in asked_for():
+        assert num_bytes == piece * token_bytes == 16 << 10
+        assert all(place + i * token_bytes in old for i in range(piece))
     found = {old[place] for place, _ in launcher.prefetched}
-    # Every second piece of 8 tokens.
-    many = {(part, 2, 16 * i) for part in (0, 1) for i in range(8)}
-    assert found == many | {(0, 1, 0), (1, 1, 0)}
+    assert found == {(part, *at) for part in (0, 1) for at in ((1, 0), (2, 0), (2, 2 * piece))}
+    assert asked_for(block_size=piece // 2) == []  # a piece would end in another block
+    layer.window = 100
+    assert asked_for() == []
 
 
 @pytest.mark.gpu

@@ -67,6 +67,22 @@ class AttentionBackend(Protocol):
     ) -> None:
         """Raises ConfigError or BackendError if this backend cannot run with these."""
 
+    def prepare(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Makes what decoding without a window takes beside the cache: kernels and buffers. Without
+        it decoding is right and may be slower."""
+
+    def close(self) -> None:
+        """Frees what `prepare` has made."""
+
     def prefill(
         self,
         q: Tensor,
@@ -89,4 +105,5 @@ class AttentionBackend(Protocol):
         *,
         window: int | None,
     ) -> Tensor:
-        """q [B, H, D] -> [B, H, D]. On CUDA never syncs, so that it can be captured."""
+        """q [B, H, D] -> [B, H, D], which the next call may overwrite. On CUDA never syncs, so that
+        it can be captured."""

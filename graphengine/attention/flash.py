@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 _BLOCK_MULTIPLE = 256  # flash_api.cpp: "Paged KV cache block size must be divisible by 256"
 _MAX_HEAD_DIM = 256
 _MIN_CAPABILITY = (8, 0)
-# decode_attention runs steps of up to so many rows, on Hopper and without a window.
-_FEW_ROWS = 32
 # paged_decode takes over from so many rows on, with one program for a row and kv head; and, of few
 # query heads a kv head, where there would be fewer programs than 0.8 of an H100's or H200's
 # multiprocessors, with more splits. (With four query heads each it lost 0.7 ms of an 8B step.)
@@ -65,8 +63,7 @@ class FlashAttention:
         self._varlen = getattr(varlen, "_init_fn", varlen)
         self._with_kvcache = flash_attn.flash_attn_with_kvcache
         self._arrivals: Tensor | None = None
-        # By what it is compiled for; None where it does not run.
-        self._decode_attentions: dict[tuple[object, ...], DecodeAttention | None] = {}
+        self._decode_attention: DecodeAttention | None = None
 
     def check(
         self, *, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
@@ -103,6 +100,44 @@ class FlashAttention:
                 f'the model\'s head_dim is {head_dim}; attention "flash" needs a multiple of 8 of '
                 f'at most {_MAX_HEAD_DIM}, choose attention "reference"'
             )
+
+    def prepare(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """See AttentionBackend. On Hopper: `kernels.decode_attention`, compiled at the first start.
+        For one shape: another one's is freed."""
+        self.close()
+        if device.type != "cuda":
+            return
+        # Imported here: a CPU machine need not have cuda-bindings.
+        from graphengine.kernels.decode_attention import DecodeAttention
+
+        if DecodeAttention.takes(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            dtype=dtype,
+            device=device,
+        ):
+            self._decode_attention = DecodeAttention(
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                block_size=block_size,
+                device=device,
+            )
+
+    def close(self) -> None:
+        """See AttentionBackend."""
+        self._decode_attention = None
 
     def prefill(
         self,
@@ -147,11 +182,10 @@ class FlashAttention:
         """See AttentionBackend. The number of splits follows from B and the table's width, which
         are fixed in a captured graph. The result may be overwritten by the next call."""
         num_rows, num_heads, head_dim = q.shape
-        if is_for_decode_attention(num_rows, window) and q.is_cuda:
-            attention = self._decode_attention(q, k_cache)
-            if attention is not None:
-                tables, lens = metadata.block_tables, metadata.context_lens
-                return attention.decode(q, k_cache, v_cache, tables, lens)
+        few_rows = self._decode_attention
+        if few_rows is not None and num_rows <= few_rows.max_rows and window is None:
+            tables, lens = metadata.block_tables, metadata.context_lens
+            return few_rows.decode(q, k_cache, v_cache, tables, lens)
         num_splits = decode_splits(
             num_rows, num_heads=num_heads, num_kv_heads=k_cache.shape[2], head_dim=head_dim
         )
@@ -167,35 +201,6 @@ class FlashAttention:
             window_size=_window_size(window),
         )
         return out[:, 0]
-
-    def _decode_attention(self, q: Tensor, k_cache: Tensor) -> DecodeAttention | None:
-        """None where it does not run. Made when it is first needed, before anything is captured."""
-        # Imported here: a CPU machine need not have cuda-bindings.
-        from graphengine.kernels.decode_attention import DecodeAttention
-
-        (_, num_heads, head_dim), (_, block_size, num_kv_heads, _) = q.shape, k_cache.shape
-        key = (num_heads, num_kv_heads, head_dim, block_size, q.dtype, q.device)
-        if key not in self._decode_attentions:
-            takes = DecodeAttention.takes(
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                block_size=block_size,
-                dtype=q.dtype,
-                device=q.device,
-            )
-            self._decode_attentions[key] = (
-                DecodeAttention(
-                    num_heads=num_heads,
-                    num_kv_heads=num_kv_heads,
-                    head_dim=head_dim,
-                    block_size=block_size,
-                    device=q.device,
-                )
-                if takes
-                else None
-            )
-        return self._decode_attentions[key]
 
     def _paged_decode(
         self,
@@ -221,11 +226,6 @@ class FlashAttention:
             window=window,
             num_splits=num_splits,
         )
-
-
-def is_for_decode_attention(num_rows: int, window: int | None) -> bool:
-    """Whether a decode step is for `kernels.decode_attention`, where its shape and the GPU are."""
-    return num_rows <= _FEW_ROWS and window is None
 
 
 def decode_splits(num_rows: int, *, num_heads: int, num_kv_heads: int, head_dim: int) -> int | None:

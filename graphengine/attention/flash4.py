@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,13 @@ class FlashAttention4:
                 f'the model\'s head_dim is {head_dim}; attention "flash4" needs '
                 f'{" or ".join(map(str, _HEAD_DIMS))}, choose attention "flash"'
             )
+
+    def prepare(self, **shape: Any) -> None:
+        """See FlashAttention, which decodes."""
+        self._flash.prepare(**shape)
+
+    def close(self) -> None:
+        self._flash.close()
 
     def prefill(
         self,

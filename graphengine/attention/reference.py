@@ -6,6 +6,8 @@ D head dim, W blocks per sequence, T keys.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,12 @@ class ReferenceAttention:
         self, *, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         """Anything goes."""
+
+    def prepare(self, **shape: Any) -> None:
+        """There is nothing to prepare."""
+
+    def close(self) -> None:
+        pass
 
     def prefill(
         self,

@@ -545,8 +545,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     // Inputs of the whole step: no kernel of it writes them.
     const Tiles tiles(p, lane);
     const int per_block = tiles.per_block();
-    const int begin = tiles.segment_start(blockIdx.x * per_block);
-    const int end = tiles.segment_start((blockIdx.x + 1) * per_block);
+    // Few segments belong to every second block or fewer: to blocks of different multiprocessors.
+    constexpr int APART = GRID % BLOCKS_PER_SM == 0 ? GRID / BLOCKS_PER_SM : GRID;
+    const int block = blockIdx.x % APART * (GRID / APART) + blockIdx.x / APART;
+    const int begin = tiles.segment_start(block * per_block);
+    const int end = tiles.segment_start((block + 1) * per_block);
     Loader loader(p, tiles, s.ring, warp, lane, begin, end);
 #pragma unroll 1
     for (int i = 0; i < STAGES - 1; i++) loader.load(true);

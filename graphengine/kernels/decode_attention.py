@@ -33,12 +33,17 @@ _STRIP = 16
 @dataclass(frozen=True, slots=True)
 class Tuning:
     """How the kernel cuts its work. stages: strips of 16 tokens that a warp has room for, keys and
-    values counted apart. max_segments: of a row, whose sums are kept apart."""
+    values counted apart. segments: of a row, over all its kv heads: parts of its context whose sums
+    are kept apart, so that one row alone keeps half of the blocks busy."""
 
     blocks_per_sm: int = 2
     warps: int = 4
     stages: int = 4
-    max_segments: int = 16
+    segments: int = 128
+
+    def max_segments(self, num_kv_heads: int) -> int:
+        """Of a row and kv head."""
+        return max(1, self.segments // num_kv_heads)
 
 
 TUNING = Tuning()  # the best of those measured
@@ -88,6 +93,8 @@ class DecodeAttention:
     """Attention of steps of up to MAX_ROWS rows of one shape, on torch's current stream; it can be
     captured. Calls share their buffers, so they must follow each other on one stream."""
 
+    max_rows = MAX_ROWS
+
     def __init__(
         self,
         *,
@@ -118,7 +125,8 @@ class DecodeAttention:
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        lines = (MAX_ROWS, num_kv_heads, tuning.max_segments, num_heads // num_kv_heads)
+        segments = tuning.max_segments(num_kv_heads)
+        lines = (MAX_ROWS, num_kv_heads, segments, num_heads // num_kv_heads)
         self._out = buffer(MAX_ROWS, num_heads, head_dim, dtype=torch.bfloat16)
         self._partials = buffer(*lines, head_dim)
         self._stats = buffer(*lines, 2)
@@ -169,6 +177,9 @@ class DecodeAttention:
         assert k_cache.shape[1] == self._block_size
         for cache in (k_cache, v_cache):
             assert cache.stride()[2:] == (head_dim, 1)
+            # Copied 16 bytes at a time.
+            assert cache.data_ptr() % 16 == 0
+            assert cache.stride(0) % 8 == cache.stride(1) % 8 == 0
         assert q.stride()[1:] == (head_dim, 1)
         assert q.stride(0) % 2 == 0  # read in pairs
         assert block_tables.stride(1) == 1
@@ -224,7 +235,7 @@ def defines_for(
         "BLOCK_SIZE": block_size,
         "STAGES": tuning.stages,
         "WARPS": tuning.warps,
-        "MAX_SEGMENTS": tuning.max_segments,
+        "MAX_SEGMENTS": tuning.max_segments(num_kv_heads),
         "BLOCKS_PER_SM": tuning.blocks_per_sm,
     }
 

@@ -60,7 +60,7 @@ struct Params {
     const float* cos_sin;
     const long long* token_ids;
     const bf16* embedding;
-    const int* block_tables;
+    const int* block_tables;  // or null, if the next attention does not begin at the first token
     const int* context_lens;
     long long k_block_stride, k_slot_stride, v_block_stride, v_slot_stride, table_stride;
     float eps;
@@ -169,28 +169,38 @@ __device__ __forceinline__ void stream_weights(
 
 // Of the context that the attention after this launch reads, what is asked for into the L2 cache:
 // between its last weights and the launch's end the memory has nothing else to do. CONTEXT_AHEAD
-// pieces of 8 tokens a block, CONTEXT_PACE cycles apart, since whatever the blocks tell each other
-// queues behind them; every second piece of a row, so that the rest comes from memory meanwhile.
+// pieces of at most 16 KiB a block, CONTEXT_PACE cycles apart, since whatever the blocks tell each
+// other queues behind them; every second piece of a row, so that the rest comes from memory
+// meanwhile.
 constexpr int CONTEXT_AHEAD = W_AHEAD == 2 ? 16 : 8;
 constexpr int CONTEXT_PACE = 900;
 
+// Tokens of a piece: a power of 2, of which a block of the cache has a whole number.
+constexpr __device__ int piece_tokens() {
+    int tokens = 1;
+    while (tokens * 2 * KV_HEADS * HEAD_DIM * 2 <= 16 << 10) tokens *= 2;
+    return tokens;
+}
+
 // Only old tokens: the newest is being written.
 __device__ __forceinline__ void prefetch_context(const Params& p, int block) {
-    constexpr int TOKENS = 8;
+    constexpr int TOKENS = piece_tokens();
+    if (!p.block_tables || p.block_size % TOKENS != 0) return;
+    u32 last = clock_now() - CONTEXT_PACE;
     for (int i = 0; i < CONTEXT_AHEAD; i++) {
-        const u32 begin = clock_now();
         const int piece = (i * GRID + block) / 2, row = piece % p.num_rows;
         const int token = piece / p.num_rows * 2 * TOKENS;
         if (token + TOKENS >= p.context_lens[row]) continue;
         const long long id = p.block_tables[row * p.table_stride + token / p.block_size];
         const int slot = token % p.block_size;
+        while (clock_now() - last < CONTEXT_PACE) {}
+        last = clock_now();
         if ((i * GRID + block) % 2 == 0)
             prefetch(p.k_cache + id * p.k_block_stride + slot * p.k_slot_stride,
                      TOKENS * p.k_slot_stride * 2);
         else
             prefetch(p.v_cache + id * p.v_block_stride + slot * p.v_slot_stride,
                      TOKENS * p.v_slot_stride * 2);
-        while (clock_now() - begin < CONTEXT_PACE) {}
     }
 }
 

@@ -52,6 +52,7 @@ class LayerWeights(Protocol):
     post_norm: Tensor
     gate_up_proj: Tensor
     down_proj: Tensor
+    window: int | None
 
 
 class StepRows(Protocol):
@@ -298,7 +299,8 @@ class DecodeChain:
         params.k_block_stride, params.k_slot_stride = k_cache.stride()[:2]
         params.v_block_stride, params.v_slot_stride = v_cache.stride()[:2]
         params.slots, params.positions = step.slot_mapping.data_ptr(), positions.data_ptr()
-        params.block_tables = step.block_tables.data_ptr()
+        if layer.window is None:
+            params.block_tables = step.block_tables.data_ptr()
         params.context_lens = step.context_lens.data_ptr()
         params.table_stride = step.block_tables.stride(0)
         params.q = self._q.data_ptr()
