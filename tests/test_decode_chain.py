@@ -447,6 +447,7 @@ def test_old_tokens_of_the_next_attention_are_asked_for_ahead(
 ) -> None:
     model, launcher = on_cpu
     case = Case(model, 3, CPU)
+    case.step.slot_mapping[:] = torch.arange(3)  # within a block of any size
     case.step.context_lens[:] = torch.tensor([64, 65, 200])
     case.step.block_tables[:] = torch.tensor([[1, 1], [2, 2], [0, 0]])
     token_bytes = model.num_kv_heads * model.head_dim * 2
