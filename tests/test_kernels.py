@@ -366,7 +366,8 @@ def test_fused_products_are_their_twins(
     fused: ModuleType, num_rows: int, has_bias: bool, dtype: torch.dtype
 ) -> None:
     """Against float64. An error may be some units in the last place of the result; SiLU multiplies
-    two rounded values of up to about 4, and float32 sums round too."""
+    two rounded values of up to about 4. float32 sums round as often as they have terms, in cuBLAS
+    too: 31 units were seen; products in TF32 would be off by thousands."""
     eps = torch.finfo(dtype).eps
 
     def check(result: Tensor, expected: Tensor, num_eps: int) -> None:
@@ -383,10 +384,10 @@ def test_fused_products_are_their_twins(
             if result.dim() == 3:
                 assert not whole
                 result = result.sum(0)
-            check(result, exact, 16 if dtype == torch.float32 else 2)
+            check(result, exact, 64 if dtype == torch.float32 else 2)
         gate, up = exact.chunk(2, dim=-1)
         activated = torch.nn.functional.silu(gate) * up
-        check(fused.linear_silu_mul(x, weight, bias), activated, 32 if eps < 1e-6 else 8)
+        check(fused.linear_silu_mul(x, weight, bias), activated, 256 if eps < 1e-6 else 8)
 
 
 @pytest.fixture

@@ -172,7 +172,7 @@ __device__ __forceinline__ void stream_weights(
 // pieces of at most 16 KiB a block, CONTEXT_PACE cycles apart, since whatever the blocks tell each
 // other queues behind them; every second piece of a row, so that the rest comes from memory
 // meanwhile.
-constexpr int CONTEXT_AHEAD = W_AHEAD == 2 ? 16 : 8;
+constexpr int CONTEXT_AHEAD = 8;
 constexpr int CONTEXT_PACE = 900;
 
 // Tokens of a piece: a power of 2, of which a block of the cache has a whole number.
