@@ -236,7 +236,6 @@ class LLM:
             self._trace.close()
         self._runner.close()
         del self._runner
-        self._resolved.attention.close()
         self._exclusive.close()  # a stream that nobody ends holds the device no longer
         if self._resolved.device.type == "cuda":
             import torch

@@ -50,6 +50,16 @@ class DecoderModel(nn.Module):
             window if window is not None and window < max_model_len else None
             for window in config.sliding_windows
         ]
+        few_rows = None
+        if any(window is None for window in windows):
+            few_rows = attention.few_rows(
+                num_heads=config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                block_size=block_size,
+                dtype=dtype,
+                device=device,
+            )
         self.layers = nn.ModuleList(
             DecoderLayer(
                 config,
@@ -58,6 +68,7 @@ class DecoderModel(nn.Module):
                 device=device,
                 kernels=kernels,
                 attention=attention,
+                few_rows=few_rows if window is None else None,
             )
             for window in windows
         )
@@ -70,15 +81,6 @@ class DecoderModel(nn.Module):
         self._cos_sin = rope_table(
             config.rope, head_dim=config.head_dim, num_positions=max_model_len, device=device
         )
-        if any(window is None for window in windows):
-            attention.prepare(
-                num_heads=config.num_heads,
-                num_kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                block_size=block_size,
-                dtype=dtype,
-                device=device,
-            )
         self._chain = kernels.decode_chain(
             config, cos_sin=self._cos_sin, block_size=block_size, dtype=dtype, device=device
         )

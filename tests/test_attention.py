@@ -239,14 +239,19 @@ def test_flash_gives_what_the_reference_gives(head_dim: int, window: int | None)
 
     q = random_queries(4, head_dim).to(device, torch.bfloat16)
     decode = cache.decode_metadata()
-    shape = {"num_heads": NUM_HEADS, "num_kv_heads": NUM_KV_HEADS, "head_dim": head_dim}
-    for is_prepared in (False, True):
-        if is_prepared:
-            flash.prepare(**shape, block_size=256, dtype=torch.bfloat16, device=device)
-        compare(
-            flash.decode(q, *caches, decode, window=window),
-            reference.decode(q, *caches, decode, window=window),
-        )
+    expected = reference.decode(q, *caches, decode, window=window)
+    compare(flash.decode(q, *caches, decode, window=window), expected)
+    few_rows = flash.few_rows(
+        num_heads=NUM_HEADS,
+        num_kv_heads=NUM_KV_HEADS,
+        head_dim=head_dim,
+        block_size=256,
+        dtype=torch.bfloat16,
+        device=device,
+    )
+    if few_rows is not None and window is None:
+        tables, lens = decode.block_tables, decode.context_lens
+        compare(few_rows.decode(q, *caches, tables, lens), expected)
     k, v = (torch.cat(parts).to(device) for parts in (cache.k, cache.v))
     for lengths, has_context in ((q_lengths, True), (k_lengths, False)):
         q = random_queries(sum(lengths), head_dim).to(device, torch.bfloat16)
@@ -255,59 +260,6 @@ def test_flash_gives_what_the_reference_gives(head_dim: int, window: int | None)
             flash.prefill(q, k, v, *caches, metadata, window=window),
             reference.prefill(q, k, v, *caches, metadata, window=window),
         )
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="cuda-bindings is for Linux here")
-def test_few_rows_without_a_window_go_to_our_own_kernel_once_it_is_prepared(
-    flash_calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from graphengine.kernels import decode_attention
-
-    made: list[dict[str, Any]] = []
-
-    class FewRows:
-        max_rows = 32
-
-        def __init__(self, **shape: Any) -> None:
-            made.append(shape)
-
-        @staticmethod
-        def takes(**shape: Any) -> bool:
-            return bool(shape["head_dim"] == HEAD_DIM)
-
-        def decode(self, q: Tensor, *others: Tensor) -> Tensor:
-            return torch.full_like(q, 7.0)
-
-    monkeypatch.setattr(decode_attention, "DecodeAttention", FewRows)
-    shape = {"num_heads": NUM_HEADS, "num_kv_heads": NUM_KV_HEADS, "block_size": 256}
-    shape |= {"dtype": torch.bfloat16, "device": torch.device("cuda")}
-    flash = FlashAttention()
-
-    def is_ours(num_rows: int, window: int | None = None) -> bool:
-        cache = Cache([3] * num_rows, block_size=256)
-        flash_calls.clear()
-        out = flash.decode(
-            random_queries(num_rows),
-            cache.k_cache,
-            cache.v_cache,
-            cache.decode_metadata(),
-            window=window,
-        )
-        ours = bool((out == 7.0).all())
-        assert ours == (not flash_calls)
-        return ours
-
-    assert not is_ours(32)
-    flash.prepare(**shape, head_dim=HEAD_DIM)
-    assert made == [{"head_dim": HEAD_DIM, **{k: v for k, v in shape.items() if k != "dtype"}}]
-    assert is_ours(1)
-    assert is_ours(32)
-    assert not is_ours(33)
-    assert not is_ours(32, window=100)
-    flash.close()
-    assert not is_ours(32)
-    flash.prepare(**shape, head_dim=HEAD_DIM + 8)
-    assert not is_ours(32)
 
 
 @pytest.mark.parametrize(
@@ -370,15 +322,11 @@ def test_paged_decode_gives_what_the_reference_gives(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("starts_early", [False, True])
-def test_attention_of_many_rows_sees_what_rope_wrote(
-    starts_early: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_attention_of_many_rows_sees_what_rope_wrote() -> None:
     """The newest token alone decides: its key is far the largest where the query is. Each replay
     has other tokens, so what an earlier one left in the caches or in q is wrong."""
     from graphengine.kernels import fused, paged_decode
 
-    monkeypatch.setattr(paged_decode, "_MANY_ROWS_START_EARLY", starts_early)
     device = torch.device("cuda")
     num_rows, num_heads, num_kv_heads, head_dim = 256, 4, 2, 128
     lengths = [1 + 7 * row for row in range(num_rows)]

@@ -183,6 +183,34 @@ def test_graph_gives_what_eager_gives_in_every_bucket(
         assert graph == eager, f"{count} rows"
 
 
+def test_graph_gives_what_eager_gives_where_products_of_many_rows_are_ours(
+    tmp_path: Path,
+) -> None:
+    """Layers of a 0.6B model's shape: see `tiles.wide_tiles`."""
+    path = write_checkpoint(
+        tmp_path,
+        "qwen3",
+        dtype=torch.bfloat16,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=2,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=MAX_MODEL_LEN,
+    )
+    results = []
+    for enforce_eager in (False, True):
+        with flash_llm(
+            path, enforce_eager=enforce_eager, max_num_seqs=256, num_gpu_blocks_override=512
+        ) as llm:
+            results.append(
+                [run(llm, long_requests(count, max_tokens=6)) for count in (256, 130, 70)]
+            )
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize(("num_blocks", "async_scheduling"), [(60, True), (24, True), (24, False)])
 def test_graph_gives_what_eager_gives_across_buckets(
     flash_checkpoint: Path, num_blocks: int, async_scheduling: bool

@@ -315,6 +315,50 @@ def test_a_window_no_position_reaches_past_is_dropped(tmp_path: Path) -> None:
     assert asked == [None, None, None, None, WINDOW, None]
 
 
+def test_steps_of_few_rows_without_a_window_go_where_the_backend_says(tmp_path: Path) -> None:
+    made: list[dict[str, Any]] = []
+    calls: list[str] = []
+
+    class Few:
+        max_rows = 0
+
+        def decode(self, q: Tensor, *caches_tables_lens: Tensor) -> Tensor:
+            calls.append("few")
+            return torch.zeros_like(q)
+
+    class Recorder(ReferenceAttention):
+        def few_rows(self, **shape: Any) -> Few:  # type: ignore[override]
+            made.append(shape)
+            return Few()
+
+        def decode(self, *args: Any, window: int | None) -> Tensor:
+            calls.append(f"window {window}")
+            num_rows.add(args[0].shape[0])
+            return super().decode(*args, window=window)
+
+    num_rows: set[int] = set()
+    path = write_checkpoint(tmp_path, "qwen2_layer_types")
+    config = load_model_config(path)
+    model = empty_model(config, max_model_len=WINDOW + 1, attention=Recorder())
+    load_weights(model, path, config)
+    shape = {"num_heads": config.num_heads, "num_kv_heads": config.num_kv_heads}
+    shape |= {"head_dim": config.head_dim, "block_size": BLOCK_SIZE}
+    assert made == [{**shape, "dtype": torch.float32, "device": CPU}]
+
+    def goes_to() -> list[str]:
+        calls.clear()
+        Paged(model).decode({0: 5})
+        return calls
+
+    plain = ["window None", f"window {WINDOW}", "window None"]
+    assert goes_to() == plain
+    (rows,) = num_rows
+    Few.max_rows = rows - 1
+    assert goes_to() == plain
+    Few.max_rows = rows
+    assert goes_to() == ["few", f"window {WINDOW}", "few"]
+
+
 @pytest.mark.parametrize("variant", ["llama", "llama_linear", "llama_gqa_llama3", "qwen3"])
 def test_rope_table_is_transformers_at_late_positions(tmp_path: Path, variant: str) -> None:
     hf = hf_config(variant, architectures=[architecture(variant)])

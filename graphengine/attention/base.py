@@ -49,6 +49,22 @@ class PrefillMetadata:
     key_slots: Tensor | None = None
 
 
+class FewRows(Protocol):
+    """Decodes steps of up to max_rows rows of one shape, without a window."""
+
+    max_rows: int
+
+    def decode(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables: Tensor,
+        context_lens: Tensor,
+    ) -> Tensor:
+        """As AttentionBackend.decode; the next call overwrites the result."""
+
+
 class AttentionBackend(Protocol):
     """Causal attention through a paged cache.
 
@@ -67,7 +83,7 @@ class AttentionBackend(Protocol):
     ) -> None:
         """Raises ConfigError or BackendError if this backend cannot run with these."""
 
-    def prepare(
+    def few_rows(
         self,
         *,
         num_heads: int,
@@ -76,12 +92,9 @@ class AttentionBackend(Protocol):
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> None:
-        """Makes what decoding without a window takes beside the cache: kernels and buffers. Without
-        it decoding is right and may be slower."""
-
-    def close(self) -> None:
-        """Frees what `prepare` has made."""
+    ) -> FewRows | None:
+        """What decodes steps of few rows without a window faster than `decode`, with its kernel and
+        buffers; None where nothing does. One model's, since its captured steps use the buffers."""
 
     def prefill(
         self,
@@ -105,5 +118,4 @@ class AttentionBackend(Protocol):
         *,
         window: int | None,
     ) -> Tensor:
-        """q [B, H, D] -> [B, H, D], which the next call may overwrite. On CUDA never syncs, so that
-        it can be captured."""
+        """q [B, H, D] -> [B, H, D]. On CUDA never syncs, so that it can be captured."""

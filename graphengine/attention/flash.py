@@ -1,7 +1,8 @@
 """How does attention run on CUDA? FlashAttention 2, or our own kernels where decoding gains by it.
 
-Up to 32 rows on Hopper `kernels.decode_attention` runs a step: it begins before the kernel ahead
-has ended, and a row's result does not depend on how many rows there are.
+Up to 32 rows on Hopper, in bfloat16, with heads of 64 or 128 and without a window,
+`kernels.decode_attention` runs a step: it begins before the kernel ahead has ended, and a row's
+result does not depend on how many rows there are.
 
 flash-attn gives each program 64 query rows; a decode step has H / K of them for a kv head. From
 128 rows on `kernels.paged_decode` is ahead. With two query heads each so it is for so few rows that
@@ -63,7 +64,6 @@ class FlashAttention:
         self._varlen = getattr(varlen, "_init_fn", varlen)
         self._with_kvcache = flash_attn.flash_attn_with_kvcache
         self._arrivals: Tensor | None = None
-        self._decode_attention: DecodeAttention | None = None
 
     def check(
         self, *, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
@@ -101,7 +101,7 @@ class FlashAttention:
                 f'at most {_MAX_HEAD_DIM}, choose attention "reference"'
             )
 
-    def prepare(
+    def few_rows(
         self,
         *,
         num_heads: int,
@@ -110,16 +110,15 @@ class FlashAttention:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> None:
-        """See AttentionBackend. On Hopper: `kernels.decode_attention`, compiled at the first start.
-        For one shape: another one's is freed."""
-        self.close()
+    ) -> DecodeAttention | None:
+        """See AttentionBackend. On Hopper: `kernels.decode_attention`, compiled at the first
+        start."""
         if device.type != "cuda":
-            return
+            return None
         # Imported here: a CPU machine need not have cuda-bindings.
         from graphengine.kernels.decode_attention import DecodeAttention
 
-        if DecodeAttention.takes(
+        if not DecodeAttention.takes(
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -127,17 +126,14 @@ class FlashAttention:
             dtype=dtype,
             device=device,
         ):
-            self._decode_attention = DecodeAttention(
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-                block_size=block_size,
-                device=device,
-            )
-
-    def close(self) -> None:
-        """See AttentionBackend."""
-        self._decode_attention = None
+            return None
+        return DecodeAttention(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            device=device,
+        )
 
     def prefill(
         self,
@@ -180,12 +176,8 @@ class FlashAttention:
         window: int | None,
     ) -> Tensor:
         """See AttentionBackend. The number of splits follows from B and the table's width, which
-        are fixed in a captured graph. The result may be overwritten by the next call."""
+        are fixed in a captured graph."""
         num_rows, num_heads, head_dim = q.shape
-        few_rows = self._decode_attention
-        if few_rows is not None and num_rows <= few_rows.max_rows and window is None:
-            tables, lens = metadata.block_tables, metadata.context_lens
-            return few_rows.decode(q, k_cache, v_cache, tables, lens)
         num_splits = decode_splits(
             num_rows, num_heads=num_heads, num_kv_heads=k_cache.shape[2], head_dim=head_dim
         )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphengine.attention.base import DecodeMetadata, PrefillMetadata
+from graphengine.attention.base import DecodeMetadata, FewRows, PrefillMetadata
 from graphengine.attention.flash import FlashAttention
 from graphengine.errors import BackendError
 
@@ -64,12 +64,9 @@ class FlashAttention4:
                 f'{" or ".join(map(str, _HEAD_DIMS))}, choose attention "flash"'
             )
 
-    def prepare(self, **shape: Any) -> None:
+    def few_rows(self, **shape: Any) -> FewRows | None:
         """See FlashAttention, which decodes."""
-        self._flash.prepare(**shape)
-
-    def close(self) -> None:
-        self._flash.close()
+        return self._flash.few_rows(**shape)
 
     def prefill(
         self,

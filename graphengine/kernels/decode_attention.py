@@ -108,7 +108,7 @@ class DecodeAttention:
     ) -> None:
         """Compiles the kernel, or takes it from the user's cache, unless a launcher is given. A
         tuning is for measurements."""
-        self._block_size = block_size
+        self._block_shape = (block_size, num_kv_heads, head_dim)
         if launcher is None:
             num_blocks = tuning.blocks_per_sm * _num_multiprocessors(device)
             defines = defines_for(
@@ -172,9 +172,11 @@ class DecodeAttention:
         What the kernel ahead on the stream writes may be q and each row's newest key and value.
         Nothing that it or a kernel that it overlaps writes may be an older one's, block_tables or
         context_lens."""
-        num_rows, _, head_dim = q.shape
+        num_rows, num_heads, head_dim = q.shape
         assert num_rows <= MAX_ROWS
-        assert k_cache.shape[1] == self._block_size
+        assert (num_heads, head_dim) == self._out.shape[1:]
+        assert k_cache.shape[1:] == v_cache.shape[1:] == self._block_shape
+        assert q.dtype == k_cache.dtype == v_cache.dtype == torch.bfloat16
         for cache in (k_cache, v_cache):
             assert cache.stride()[2:] == (head_dim, 1)
             # Copied 16 bytes at a time.

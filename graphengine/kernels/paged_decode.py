@@ -20,9 +20,6 @@ from torch import Tensor
 
 from graphengine.kernels.launch import early_launch, enter_early
 
-# Does it start while `rope_and_cache` still runs where there are more rows than `tiles.MAX_ROWS`?
-# Measured, perf/LOG.md: no gain there. (Up to those rows everything does.)
-_MANY_ROWS_START_EARLY = False
 # Positions that a program loads at a time, alone with its row or beside other splits of it: many
 # rows hide a long wait for memory, a few cannot. And how many loads ahead.
 _TILE, _SPLIT_TILE = 128, 64
@@ -61,7 +58,8 @@ def paged_decode(
         partial_stats = torch.empty((2, *shape), dtype=torch.float32, device=q.device)
     else:
         partial_out = partial_stats = out
-    early = early_launch(q, num_rows, follows_ours=_MANY_ROWS_START_EARLY)
+    # Not while `rope_and_cache` still runs where there are many rows: no gain (perf/LOG.md).
+    early = early_launch(q, num_rows)
     _paged_decode_kernel[(num_kv_heads, num_splits, num_rows)](
         q,
         k_cache,

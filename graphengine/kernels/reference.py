@@ -90,8 +90,8 @@ def linear(
     """x [N, C] times weight [F, C] transposed, plus bias [F]: [N, F] of x's dtype; or, unless
     `whole`, its partial sums over parts of C, float32 [S, N, F], or [1, N, F] of x's dtype.
 
-    decode: of a decode step, which is launched once and replayed: more rows than else may run in
-    kernels that take the host long to launch. How sums round may differ."""
+    decode: of a decode step, mostly replayed from a graph: more rows than else may run in kernels
+    that take the host long to launch. How sums round may differ."""
     return torch.nn.functional.linear(x, weight, bias)
 
 

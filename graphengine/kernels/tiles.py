@@ -19,8 +19,6 @@ MAX_ROWS = 64
 # Rows of a decode step, and elements of a weight, up to which such a product is ours.
 _MAX_WIDE_ROWS = 256
 _SMALL_WEIGHT = 2**23
-# Rows up to which one in splits is (o and down of a 0.6B).
-_MAX_WIDE_SPLIT_ROWS = 256
 # Its programs: at most the 132 multiprocessors, and most of them.
 _WIDE_PROGRAMS = range(96, 133)
 # Fewer rows tl.dot does not take.
@@ -121,8 +119,7 @@ def wide_tiles(num_rows: int, num_features: int, depth: int, *, silu: bool) -> W
         num_programs = max_rows // tiles.block_n * (num_features // tiles.block_f) * tiles.splits
         fits = num_features % tiles.block_f == 0 and depth % (tiles.splits * tiles.block_c) == 0
         if fits and num_programs in _WIDE_PROGRAMS:
-            left = tiles.splits > 1 and num_rows > _MAX_WIDE_SPLIT_ROWS
-            return None if left else tiles
+            return tiles
     return None
 
 
