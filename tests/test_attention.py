@@ -322,14 +322,16 @@ def test_paged_decode_gives_what_the_reference_gives(
 
 
 @pytest.mark.gpu
-def test_attention_of_many_rows_sees_what_rope_wrote() -> None:
-    """The newest token alone decides: its key is far the largest where the query is. Each replay
-    has other tokens, so what an earlier one left in the caches or in q is wrong."""
+def test_attention_that_starts_early_sees_what_rope_wrote() -> None:
+    """As many rows as it starts early for. The newest token alone decides: its key is far the
+    largest where the query is. Each replay has other tokens, so what an earlier one left in the
+    caches or in q is wrong."""
     from graphengine.kernels import fused, paged_decode
+    from graphengine.kernels.tiles import MAX_ROWS
 
     device = torch.device("cuda")
-    num_rows, num_heads, num_kv_heads, head_dim = 256, 4, 2, 128
-    lengths = [1 + 7 * row for row in range(num_rows)]
+    num_rows, num_heads, num_kv_heads, head_dim = MAX_ROWS, 4, 2, 128
+    lengths = [1 + 28 * row for row in range(num_rows)]
     cache = Cache(lengths, block_size=256, head_dim=head_dim, dtype=torch.bfloat16, device=device)
     metadata = cache.decode_metadata()
     positions = metadata.context_lens.long() - 1

@@ -31,7 +31,8 @@ _MAX_HEAD_DIM = 256
 _MIN_CAPABILITY = (8, 0)
 # paged_decode takes over from so many rows on, with one program for a row and kv head; and, of few
 # query heads a kv head, where there would be fewer programs than 0.8 of an H100's or H200's
-# multiprocessors, with more splits. (With four query heads each it lost 0.7 ms of an 8B step.)
+# multiprocessors, with more splits. (With four query heads each it lost 0.7 ms of an 8B step of
+# single kernels.)
 _MANY_ROWS = 128
 _FEW_PROGRAMS = 105
 _FEW_HEADS = 2

@@ -107,7 +107,7 @@ class DecodeAttention:
         launcher: Launcher | None = None,
     ) -> None:
         """Compiles the kernel, or takes it from the user's cache, unless a launcher is given. A
-        tuning is for measurements."""
+        tuning other than TUNING is slower, and right."""
         self._block_shape = (block_size, num_kv_heads, head_dim)
         if launcher is None:
             num_blocks = tuning.blocks_per_sm * _num_multiprocessors(device)
