@@ -178,12 +178,10 @@ class ModelRunner:
         params: Mapping[str, torch.Tensor],
         out: torch.Tensor,
     ) -> None:
-        token_ids = sample(
-            self._kernels, self._model.logits(hidden), sampling_tensors(params), positions
-        )
+        logits = self._model.logits(hidden)
+        sample(self._kernels, logits, sampling_tensors(params), positions, out)
         # Padded rows all write the null line, in any order; nobody reads it.
-        self._last_token_ids[seq_indices] = token_ids
-        out.copy_(token_ids)
+        self._last_token_ids[seq_indices] = out
 
     def _launch_decode(self, batch: DecodeBatch, table: SequenceTable) -> Launched:
         step = self._runner.open(len(batch.rows))

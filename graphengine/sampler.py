@@ -23,10 +23,13 @@ class SamplingTensors:
     suppress_stops: Tensor  # int32 [B]
 
 
-def sample(kernels: Kernels, logits: Tensor, params: SamplingTensors, positions: Tensor) -> Tensor:
-    """Token ids, int64 [B], of logits [B, V]. positions: int64 [B], those of the tokens that the
-    logits came from. A row's token depends on its own logits, parameters and position only."""
-    return kernels.sample(
+def sample(
+    kernels: Kernels, logits: Tensor, params: SamplingTensors, positions: Tensor, out: Tensor
+) -> None:
+    """out = the token ids, int64 [B], of logits [B, V]. positions: int64 [B], those of the tokens
+    that the logits came from. A row's token depends on its own logits, parameters and position
+    only."""
+    kernels.sample(
         logits,
         temperature=params.temperature,
         top_k=params.top_k,
@@ -36,4 +39,5 @@ def sample(kernels: Kernels, logits: Tensor, params: SamplingTensors, positions:
         positions=positions,
         stop_ids=params.stop_ids,
         suppress_stops=params.suppress_stops,
+        out=out,
     )

@@ -46,9 +46,8 @@ def sampler_on(device: torch.device) -> Sample:
         num_rows = logits.shape[0]
         places = torch.as_tensor(positions, dtype=torch.int64).expand(num_rows).contiguous()
         params = tensors(num_rows, device, options)
-        out = sample(kernels_for(device), logits.to(device), params, places.to(device))
-        assert out.dtype == torch.int64
-        assert out.shape == (num_rows,)
+        out = torch.full((num_rows,), -1, device=device)
+        sample(kernels_for(device), logits.to(device), params, places.to(device), out)
         return out.tolist()
 
     return run
@@ -380,15 +379,17 @@ def test_captured_sample_follows_its_inputs(fused: ModuleType) -> None:
         tensors(num_rows, cuda, {"stop_ids": [[0] * 4]}),
         torch.zeros_like(batches[0][2]),
     )
-    sample(fused, *static)  # compiles, which a capture does not allow
+    out, expected = torch.zeros(2, num_rows, dtype=torch.int64, device=cuda)
+    sample(fused, *static, out)  # compiles, which a capture does not allow
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = sample(fused, *static)
+        sample(fused, *static, out)
     for batch in (*batches, batches[0]):
         static[0].copy_(batch[0])
         for name, value in vars(batch[1]).items():
             getattr(static[1], name).copy_(value)
         static[2].copy_(batch[2])
         graph.replay()
-        assert torch.equal(out, sample(fused, *batch))
+        sample(fused, *batch, expected)
+        assert torch.equal(out, expected)

@@ -80,7 +80,8 @@ class Kernels(Protocol):
         positions: Tensor,
         stop_ids: Tensor,
         suppress_stops: Tensor,
-    ) -> Tensor: ...
+        out: Tensor,
+    ) -> None: ...
 
 
 def kernels_for(device: torch.device) -> Kernels:

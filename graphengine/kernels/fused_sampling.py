@@ -49,14 +49,17 @@ def sample(
     positions: Tensor,
     stop_ids: Tensor,
     suppress_stops: Tensor,
-) -> Tensor:
-    """`reference.sample`. Two launches; the logits' last dimension is dense."""
+    out: Tensor,
+) -> None:
+    """`reference.sample`. Two launches; the last dimension of the logits and `out` is dense."""
     num_rows, vocab_size = logits.shape
     num_splits = triton.cdiv(vocab_size, _SPLIT)
     device = logits.device
     partial_scores = torch.empty((num_rows, num_splits), dtype=torch.float32, device=device)
     partial_ids = torch.empty((num_rows, num_splits), dtype=torch.int32, device=device)
-    token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
+    assert out.shape == (num_rows,)
+    assert out.dtype == torch.int64
+    assert out.is_contiguous()
     rows = (
         logits,
         temperature,
@@ -83,7 +86,7 @@ def sample(
     )
     _combine_kernel[(num_rows,)](
         *rows,
-        token_ids,
+        out,
         *sizes,
         num_splits,
         NUM_STOPS=stop_ids.shape[1],
@@ -93,7 +96,6 @@ def sample(
         num_warps=16,
         **early_launch(logits, num_rows, follows_ours=True),
     )
-    return token_ids
 
 
 @triton.jit

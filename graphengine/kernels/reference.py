@@ -128,8 +128,10 @@ def sample(
     positions: Tensor,
     stop_ids: Tensor,
     suppress_stops: Tensor,
-) -> Tensor:
-    """One token id per row, int64 [B]: a function of that row's arguments and of nothing else.
+    out: Tensor,
+) -> None:
+    """out = one token id per row, int64 [B]: a function of that row's arguments and of nothing
+    else.
 
     logits: [B, V], any float dtype. NaN counts as -inf.
     temperature: float32 [B]. Below MIN_TEMPERATURE the row is greedy: the largest logit, the lowest
@@ -154,12 +156,13 @@ def sample(
     greedy_ids = scores.argmax(dim=-1)
     # On the CPU reading a value costs nothing, the noise of a large vocabulary much.
     if logits.device.type == "cpu" and bool(greedy.all()):
-        return greedy_ids
+        out.copy_(greedy_ids)
+        return
     divisor = temperature.masked_fill(greedy, 1.0).unsqueeze(1)
     kept = _kept(scores, divisor, top_k=top_k, top_p=top_p, min_p=min_p)
     noisy = scores / divisor + gumbel_noise(seeds.unsqueeze(1), positions.unsqueeze(1), ids)
     sampled_ids = noisy.masked_fill(~kept, -torch.inf).argmax(dim=-1)
-    return torch.where(greedy, greedy_ids, sampled_ids)
+    out.copy_(torch.where(greedy, greedy_ids, sampled_ids))
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
