@@ -10,7 +10,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from graphengine.attention.base import AttentionBackend, DecodeMetadata, FewRows, PrefillMetadata
+from graphengine.attention.base import (
+    AttentionBackend,
+    DecodeMetadata,
+    PlannedDecode,
+    PrefillMetadata,
+)
 from graphengine.kernels import Kernels
 from graphengine.model_config import ModelConfig, RopeConfig
 
@@ -30,11 +35,11 @@ class DecoderLayer(nn.Module):
         device: torch.device,
         kernels: Kernels,
         attention: AttentionBackend,
-        few_rows: FewRows | None = None,
+        planned: PlannedDecode | None = None,
     ) -> None:
         super().__init__()
         self._kernels = kernels
-        self._attention, self._few_rows = attention, few_rows
+        self._attention, self._planned = attention, planned
         self.window = window
         self._num_heads = config.num_heads
         self._num_kv_heads = config.num_kv_heads
@@ -108,11 +113,11 @@ class DecoderLayer(nn.Module):
     def decode_attention(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata
     ) -> Tensor:
-        """See AttentionBackend.decode. The next layer's call may overwrite the result."""
-        few_rows = self._few_rows
-        if few_rows is not None and q.shape[0] <= few_rows.max_rows:
-            tables, lens = metadata.block_tables, metadata.context_lens
-            return few_rows.decode(q, k_cache, v_cache, tables, lens)
+        """See AttentionBackend.decode. The next layer's call may overwrite the result. Of a step
+        that `planned` takes, it has the plan."""
+        planned = self._planned
+        if planned is not None and q.shape[0] <= planned.max_rows:
+            return planned.decode(q, k_cache, v_cache)
         return self._attention.decode(q, k_cache, v_cache, metadata, window=self.window)
 
 

@@ -13,7 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from graphengine.attention.base import AttentionBackend, DecodeMetadata, PrefillMetadata
+from graphengine.attention.base import (
+    AttentionBackend,
+    DecodeMetadata,
+    PlannedDecode,
+    PrefillMetadata,
+)
 from graphengine.kernels import Kernels
 from graphengine.kernels.exclusive import held
 from graphengine.kv_cache import KVCache
@@ -50,9 +55,9 @@ class DecoderModel(nn.Module):
             window if window is not None and window < max_model_len else None
             for window in config.sliding_windows
         ]
-        few_rows = None
+        self._planned: PlannedDecode | None = None
         if any(window is None for window in windows):
-            few_rows = attention.few_rows(
+            self._planned = attention.planned_decode(
                 num_heads=config.num_heads,
                 num_kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,
@@ -68,7 +73,7 @@ class DecoderModel(nn.Module):
                 device=device,
                 kernels=kernels,
                 attention=attention,
-                few_rows=few_rows if window is None else None,
+                planned=self._planned if window is None else None,
             )
             for window in windows
         )
@@ -96,7 +101,13 @@ class DecoderModel(nn.Module):
 
         Writes the tokens' keys and values to `kv` at metadata.slot_mapping. Positions must be below
         max_model_len. With DecodeMetadata it does not sync on CUDA."""
-        chain = self._chain
+        planned, chain = self._planned, self._chain
+        if (
+            planned is not None
+            and isinstance(metadata, DecodeMetadata)
+            and len(input_ids) <= planned.max_rows
+        ):
+            planned.plan(metadata.block_tables, metadata.context_lens)
         if (
             chain is not None
             and isinstance(metadata, DecodeMetadata)

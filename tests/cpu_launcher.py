@@ -73,10 +73,15 @@ class CpuAttentionLauncher:
 
     def __init__(self, defines: Mapping[str, int], *, output: Path, seed: int = 0) -> None:
         self.seed = seed
+        self.num_blocks = defines["GRID"]
         self.writes: Sequence[tuple[Tensor, Tensor]] = ()
         self._library = _compiled("decode_attention.cpp", output, defines)
 
-    def launch(self, params: decode_attention.Params) -> None:
+    def plan(self, params: decode_attention.Params) -> None:
+        self._library.run_plan(ctypes.byref(params), ctypes.c_uint(self.seed))
+        self.seed += 1
+
+    def attend(self, params: decode_attention.Params) -> None:
         assert self._library.params_bytes() == ctypes.sizeof(params)
         writes = [_Write(to.data_ptr(), what.data_ptr(), what.nbytes) for to, what in self.writes]
         array = (_Write * len(writes))(*writes)

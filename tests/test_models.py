@@ -315,21 +315,25 @@ def test_a_window_no_position_reaches_past_is_dropped(tmp_path: Path) -> None:
     assert asked == [None, None, None, None, WINDOW, None]
 
 
-def test_steps_of_few_rows_without_a_window_go_where_the_backend_says(tmp_path: Path) -> None:
+def test_steps_without_a_window_go_where_the_backend_says(tmp_path: Path) -> None:
     made: list[dict[str, Any]] = []
     calls: list[str] = []
 
-    class Few:
+    class Planned:
         max_rows = 0
 
-        def decode(self, q: Tensor, *caches_tables_lens: Tensor) -> Tensor:
-            calls.append("few")
+        def plan(self, block_tables: Tensor, context_lens: Tensor) -> None:
+            assert block_tables.dtype == context_lens.dtype == torch.int32
+            calls.append(f"plan of {len(context_lens)}")
+
+        def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+            calls.append("planned")
             return torch.zeros_like(q)
 
     class Recorder(ReferenceAttention):
-        def few_rows(self, **shape: Any) -> Few:  # type: ignore[override]
+        def planned_decode(self, **shape: Any) -> Planned:  # type: ignore[override]
             made.append(shape)
-            return Few()
+            return Planned()
 
         def decode(self, *args: Any, window: int | None) -> Tensor:
             calls.append(f"window {window}")
@@ -353,10 +357,10 @@ def test_steps_of_few_rows_without_a_window_go_where_the_backend_says(tmp_path: 
     plain = ["window None", f"window {WINDOW}", "window None"]
     assert goes_to() == plain
     (rows,) = num_rows
-    Few.max_rows = rows - 1
+    Planned.max_rows = rows - 1
     assert goes_to() == plain
-    Few.max_rows = rows
-    assert goes_to() == ["few", f"window {WINDOW}", "few"]
+    Planned.max_rows = rows
+    assert goes_to() == [f"plan of {rows}", "planned", f"window {WINDOW}", "planned"]
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama_linear", "llama_gqa_llama3", "qwen3"])

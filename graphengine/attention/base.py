@@ -49,20 +49,19 @@ class PrefillMetadata:
     key_slots: Tensor | None = None
 
 
-class FewRows(Protocol):
-    """Decodes steps of up to max_rows rows of one shape, without a window."""
+class PlannedDecode(Protocol):
+    """Decodes steps of up to max_rows rows of one shape, without a window, and cuts the work once a
+    step, for all layers."""
 
     max_rows: int
 
-    def decode(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_tables: Tensor,
-        context_lens: Tensor,
-    ) -> Tensor:
-        """As AttentionBackend.decode; the next call overwrites the result."""
+    def plan(self, block_tables: Tensor, context_lens: Tensor) -> None:
+        """Begins a step: block_tables int32 [B, W], context_lens int32 [B], which stay as they are
+        to its end. Other work of the step lies between it and the first `decode`."""
+
+    def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """As AttentionBackend.decode, in the step planned last; the next call overwrites the
+        result."""
 
 
 class AttentionBackend(Protocol):
@@ -83,7 +82,7 @@ class AttentionBackend(Protocol):
     ) -> None:
         """Raises ConfigError or BackendError if this backend cannot run with these."""
 
-    def few_rows(
+    def planned_decode(
         self,
         *,
         num_heads: int,
@@ -92,9 +91,9 @@ class AttentionBackend(Protocol):
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
-    ) -> FewRows | None:
-        """What decodes steps of few rows without a window faster than `decode`, with its kernel and
-        buffers; None where nothing does. One model's, since its captured steps use the buffers."""
+    ) -> PlannedDecode | None:
+        """What decodes steps without a window faster than `decode`, with its kernel and buffers;
+        None where nothing does. One model's, since its captured steps use the buffers."""
 
     def prefill(
         self,

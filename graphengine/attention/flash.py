@@ -1,13 +1,13 @@
 """How does attention run on CUDA? FlashAttention 2, or our own kernels where decoding gains by it.
 
-Up to 32 rows on Hopper, in bfloat16, with heads of 64 or 128 and without a window,
-`kernels.decode_attention` runs a step: it begins before the kernel ahead has ended, and a row's
-result does not depend on how many rows there are.
+On Hopper, in bfloat16, with heads of 64 or 128 and without a window, `kernels.decode_attention`
+runs steps of up to 64 rows: all blocks have equal shares of the contexts, and it begins before the
+kernel ahead has ended.
 
-flash-attn gives each program 64 query rows; a decode step has H / K of them for a kv head. From
-128 rows on `kernels.paged_decode` is ahead. With two query heads each so it is for so few rows that
-flash-attn splits the context, which it does by the table's width, not by the context's length.
-Figures: perf/LOG.md.
+Elsewhere: flash-attn gives each program 64 query rows; a decode step has H / K of them for a kv
+head. From 65 rows on `kernels.paged_decode` is ahead, and by most where contexts differ in length.
+With two query heads each so it is for so few rows that flash-attn splits the context, which it does
+by the table's width, not by the context's length. Figures: perf/LOG.md.
 
 Letters: N tokens, B decode rows, H query heads, K kv heads, D head dim.
 """
@@ -33,7 +33,7 @@ _MIN_CAPABILITY = (8, 0)
 # query heads a kv head, where there would be fewer programs than 0.8 of an H100's or H200's
 # multiprocessors, with more splits. (With four query heads each it lost 0.7 ms of an 8B step of
 # single kernels.)
-_MANY_ROWS = 128
+_MANY_ROWS = 65
 _FEW_PROGRAMS = 105
 _FEW_HEADS = 2
 _SPLIT_PROGRAMS = 256
@@ -102,7 +102,7 @@ class FlashAttention:
                 f'at most {_MAX_HEAD_DIM}, choose attention "reference"'
             )
 
-    def few_rows(
+    def planned_decode(
         self,
         *,
         num_heads: int,

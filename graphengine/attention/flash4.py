@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphengine.attention.base import DecodeMetadata, FewRows, PrefillMetadata
+from graphengine.attention.base import DecodeMetadata, PlannedDecode, PrefillMetadata
 from graphengine.attention.flash import FlashAttention
 from graphengine.errors import BackendError
 
@@ -64,9 +64,9 @@ class FlashAttention4:
                 f'{" or ".join(map(str, _HEAD_DIMS))}, choose attention "flash"'
             )
 
-    def few_rows(self, **shape: Any) -> FewRows | None:
+    def planned_decode(self, **shape: Any) -> PlannedDecode | None:
         """See FlashAttention, which decodes."""
-        return self._flash.few_rows(**shape)
+        return self._flash.planned_decode(**shape)
 
     def prefill(
         self,

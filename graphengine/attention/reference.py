@@ -29,7 +29,7 @@ class ReferenceAttention:
     ) -> None:
         """Anything goes."""
 
-    def few_rows(self, **shape: Any) -> None:
+    def planned_decode(self, **shape: Any) -> None:
         """Nothing is faster: this is the plain twin."""
 
     def prefill(

@@ -1,26 +1,29 @@
-// Attention of a decode step of few rows through the paged cache. See decode_attention.py for what
-// it computes and when it is used.
+// Attention of a decode step through the paged cache. See decode_attention.py for what it computes
+// and when it is used.
 //
 // One query a sequence is bound by the reading of keys and values, and what a kernel of its own
 // loses is its start and its drain. Here a fixed number of blocks, as many as a GPU holds at once,
 // take equal, contiguous shares of all tiles of the step: rows, of each its kv heads, of each its
-// tiles of tokens. Keys and values are copied some strips ahead through a ring of shared memory,
-// across all borders, and the first of them before the kernel ahead has ended: those of tokens that
-// are older than the step. Each warp has its own 16 tokens of a tile and its own ring, so warps meet
-// at the ends of segments only.
+// tiles of tokens. Where shares begin is found once a step, by plan_shares, for all layers. Keys and
+// values are copied some strips ahead through a ring of shared memory, across all borders, and the
+// first of them before the kernel ahead has ended: those of tokens that are older than the step.
+// Each warp has its own 16 tokens of a tile and its own ring, so warps meet at the ends of segments
+// only.
 //
-// A segment is some tiles of a row: how many follows from the row's own length. Its warps' sums are
-// put together, in their order, and then the segments of a row, in theirs. A block that has a row's
-// first segments adds them up itself; the others are written out in float32, and the block that
-// arrives last adds them. So no bit of a row depends on who took what, or on the other rows.
+// A segment is some tiles of a row: how many follows from the row's own length and max_segments. Its
+// warps' sums are put together, in their order, and then the segments of a row, in theirs. A block
+// that has a row's first segments adds them up itself; the others are written out in float32, and the
+// block that arrives last adds them. So no bit of a row depends on who took what, or on the other
+// rows, among steps of the same max_segments.
 //
 // The products are transposed: K [tokens, D] times Q^T, V^T times P^T, so that the query heads of a
 // kv head are eight columns, not sixteen rows, and a warp's sums fill half as many registers. The
 // online softmax is FlashAttention's (Dao et al., 2022). PTX ISA 8: cp.async, ldmatrix, mma,
 // movmatrix, griddepcontrol; what a lane holds of a matrix is from there.
 //
-// Set when compiled: GRID, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, STAGES, WARPS, MAX_SEGMENTS,
-// BLOCKS_PER_SM. Letters: N rows, D head dim.
+// Set when compiled: GRID, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, STAGES, WARPS, BLOCKS_PER_SM,
+// LEAST_TILES (of a segment that is not a row's last), MAX_ROWS. Letters: N rows, D head dim, L lines:
+// see Params.
 
 #include <hopper.cuh>
 
@@ -43,21 +46,36 @@ static_assert(HEADS % KV_HEADS == 0 && GROUP <= 16 && (HEAD_DIM == 64 || HEAD_DI
                   BLOCK_SIZE % TILE == 0 && STAGES >= 3,
               "see decode_attention.py");
 
+// Where a block's share of the list of all tiles begins.
+struct alignas(16) Share {
+    int position;  // in the list
+    int row, head, tile;
+    int length;     // of the row
+    int block_id;   // of the tile, in the cache
+    int per_block;  // positions that each share has before its begin is moved: see plan_shares
+    int unused;
+};
+
+// Sums that a block writes out, max_segments + 1 lines: of the first row and kv head of its share, if
+// other blocks have the first segments, a line for each segment; of the last one, if other blocks have
+// the last segments, the last line, for all that it has had of them.
 struct Params {
     const bf16* q;        // [N, HEADS, HEAD_DIM]
     const bf16* k_cache;  // [blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM]
     const bf16* v_cache;
     bf16* out;  // [N, HEADS, HEAD_DIM]
     const int* block_tables;
-    const int* context_lens;
-    float* partials;  // [N, KV_HEADS, MAX_SEGMENTS, GROUP, HEAD_DIM]
-    float2* stats;    // [N, KV_HEADS, MAX_SEGMENTS, GROUP]: largest score and mass
-    int* prefixes;    // [N, KV_HEADS]: segments in the first partial
-    u32* arrivals;    // zeros before and after; [N, KV_HEADS]: segments written
+    const int* context_lens;  // at least 1 each
+    Share* shares;    // [GRID + 1]
+    float* partials;  // [GRID, L, GROUP, HEAD_DIM]
+    float2* stats;    // [GRID, L, GROUP]: largest score and mass
+    int* prefixes;    // [GRID]: segments in the last line
+    u32* arrivals;    // zeros before and after; [GRID]: segments of the last line's row written
     long long q_stride, k_block_stride, k_slot_stride, v_block_stride, v_slot_stride;
     long long table_stride;
     float scale;  // of scores, for powers of two
     int num_rows;
+    int max_segments;  // of a row and kv head
 };
 
 constexpr int RING_BYTES = WARPS * STAGES * STRIP_BYTES;
@@ -69,13 +87,38 @@ __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xFF8
 
 // --- the cut
 
+__device__ __forceinline__ int tiles_of(int length) { return (length + TILE - 1) / TILE; }
+__device__ __forceinline__ int tiles_of_segment(const Params& p, int num_tiles) {
+    return max(LEAST_TILES, (num_tiles + p.max_segments - 1) / p.max_segments);
+}
+
 // A tile of the list. The same in all lanes of a warp.
 struct Place {
-    int position;  // in the list
-    int row, head, tile;
+    int position, row, head, tile;
     int length, num_tiles;  // of the row
     int per_segment;        // tiles
+    int next_length;        // of the next row, asked for long before it is needed
 
+    __device__ __forceinline__ Place(const Params& p, const Share& share)
+        : position(share.position), row(share.row), head(share.head), tile(share.tile) {
+        enter_row(p, share.length);
+    }
+    __device__ __forceinline__ void enter_row(const Params& p, int its_length) {
+        length = its_length;
+        num_tiles = tiles_of(length);
+        per_segment = tiles_of_segment(p, num_tiles);
+        next_length = p.context_lens[min(row + 1, p.num_rows - 1)];
+    }
+    // There is a next one.
+    __device__ __forceinline__ void advance(const Params& p) {
+        position++;
+        if (++tile < num_tiles) return;
+        tile = 0;
+        if (++head < KV_HEADS) return;
+        head = 0;
+        row++;
+        enter_row(p, next_length);
+    }
     __device__ __forceinline__ bool is_item_end() const { return tile + 1 == num_tiles; }
     __device__ __forceinline__ bool is_segment_end() const {
         return is_item_end() || (tile + 1) % per_segment == 0;
@@ -85,91 +128,98 @@ struct Place {
     }
 };
 
-// The list of all tiles. Lane n knows of row n.
-struct Tiles {
-    int length, before, after;  // tiles of a kv head: of the rows before, and with this one's
-    int total, longest;
+constexpr int PLAN_THREADS = 512;
+static_assert(MAX_ROWS <= PLAN_THREADS && (MAX_ROWS & (MAX_ROWS - 1)) == 0, "a row each");
 
-    __device__ __forceinline__ Tiles(const Params& p, int lane) {
-        length = lane < p.num_rows ? p.context_lens[lane] : 0;
-        const int own = (length + TILE - 1) / TILE;
-        after = own;
-        longest = own;
+// Tiles of each share: whole rows of a kv head where that makes them a sixteenth more at most, as it
+// does where all rows are about as long.
+__device__ __forceinline__ int positions_per_block(int total, int longest) {
+    const int least = (total + GRID - 1) / GRID;
+    const int whole = (least + longest - 1) / longest * longest;
+    return whole * 16 <= least * 17 ? whole : least;
+}
+
+// One block. A share begins where a segment does: at its even place, or at the first after it.
+extern "C" __global__ void __launch_bounds__(PLAN_THREADS, 1)
+    plan_shares(const __grid_constant__ Params p) {
+    SHARED_MEMORY(dynamic);
+    int* after = (int*)dynamic;  // [MAX_ROWS]: tiles of a kv head, up to the end of each row
+    int* of_warps = after + MAX_ROWS;
+    int* longest_of_warps = of_warps + PLAN_THREADS / 32;
+    const int thread = threadIdx.x, lane = thread % 32;
+    const int own = thread < p.num_rows ? tiles_of(p.context_lens[thread]) : 0;
+    int sum = own, longest = own;
 #pragma unroll
-        for (int lanes = 1; lanes < 32; lanes *= 2) {
-            const int others = __shfl_up_sync(~0u, after, lanes);
-            if (lane >= lanes) after += others;
-            longest = max(longest, __shfl_xor_sync(~0u, longest, lanes));
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+        const int others = __shfl_up_sync(~0u, sum, lanes);
+        if (lane >= lanes) sum += others;
+        longest = max(longest, __shfl_xor_sync(~0u, longest, lanes));
+    }
+    if (lane == 31) of_warps[thread / 32] = sum, longest_of_warps[thread / 32] = longest;
+    __syncthreads();
+    for (int warp = 0; warp < PLAN_THREADS / 32; warp++) {
+        if (warp < thread / 32) sum += of_warps[warp];
+        longest = max(longest, longest_of_warps[warp]);
+    }
+    if (thread < MAX_ROWS) after[thread] = sum;
+    __syncthreads();
+
+    const int total = after[p.num_rows - 1] * KV_HEADS;
+    const int per_block = positions_per_block(total, longest);
+    for (int block = thread; block <= GRID; block += PLAN_THREADS) {
+        Share share;
+        share.position = block * per_block;
+        share.per_block = per_block;
+        if (share.position < total) {
+            int row = 0;
+            for (int step = MAX_ROWS / 2; step > 0; step /= 2)
+                if (row + step < p.num_rows && after[row + step - 1] * KV_HEADS <= share.position)
+                    row += step;
+            const int num_tiles = after[row] - (row > 0 ? after[row - 1] : 0);
+            const int in_row = share.position - (after[row] - num_tiles) * KV_HEADS;
+            const int per_segment = tiles_of_segment(p, num_tiles);
+            share.head = in_row / num_tiles;
+            const int tile = in_row % num_tiles;
+            share.tile = min((tile + per_segment - 1) / per_segment * per_segment, num_tiles);
+            share.position += share.tile - tile;
+            if (share.tile == num_tiles) {
+                share.tile = 0;
+                if (++share.head == KV_HEADS) share.head = 0, row++;
+            }
+            share.row = row;
         }
-        before = after - own;
-        total = __shfl_sync(~0u, after, 31) * KV_HEADS;
+        if (share.position < total) {
+            share.length = p.context_lens[share.row];
+            share.block_id =
+                p.block_tables[share.row * p.table_stride + share.tile * TILE / BLOCK_SIZE];
+        } else {
+            share.position = total;
+        }
+        p.shares[block] = share;
     }
-
-    // position < total
-    __device__ __forceinline__ Place at(int position) const {
-        Place place;
-        place.position = position;
-        place.row = __popc(__ballot_sync(~0u, after * KV_HEADS <= position));
-        place.length = __shfl_sync(~0u, length, place.row);
-        place.num_tiles = (place.length + TILE - 1) / TILE;
-        place.per_segment = (place.num_tiles + MAX_SEGMENTS - 1) / MAX_SEGMENTS;
-        const int in_row = position - __shfl_sync(~0u, before, place.row) * KV_HEADS;
-        place.head = in_row / place.num_tiles;
-        place.tile = in_row - place.head * place.num_tiles;
-        return place;
-    }
-
-    // The first position from this one on where a segment begins, or the list ends.
-    __device__ __forceinline__ int segment_start(int position) const {
-        if (position >= total) return total;
-        const Place place = at(position);
-        const int per = place.per_segment;
-        const int start = (place.tile + per - 1) / per * per;
-        return position + min(start, place.num_tiles) - place.tile;
-    }
-
-    // Tiles of a block: whole rows of a kv head where that makes them a sixteenth more at most, as
-    // it does where all rows are about as long.
-    __device__ __forceinline__ int per_block() const {
-        const int least = (total + GRID - 1) / GRID;
-        if (longest == 0) return 1;
-        const int whole = (least + longest - 1) / longest * longest;
-        return whole * 16 <= least * 17 ? whole : least;
-    }
-
-    __device__ __forceinline__ void advance(Place& place) const {
-        place.position++;
-        if (++place.tile == place.num_tiles) place = at(place.position);
-    }
-};
+}
 
 // --- who loads
 
 // Copies of one warp: keys, then values, of its strip of each tile.
 struct Loader {
     const Params& p;
-    const Tiles& tiles;
     const u32 ring;  // of this warp
     const int strip, lane;
     const int end;  // position
     // Nothing of a context is read again before the next step; what the chain's blocks exchange is.
     const u64 policy = policy_evict_first();
     Place place;
-    int block_id = 0;
+    int block_id;
     u32 stage = 0;
     bool is_value = false;
 
     __device__ __forceinline__ Loader(
-        const Params& p, const Tiles& tiles, u32 ring, int strip, int lane, int begin, int end)
-        : p(p), tiles(tiles), ring(ring), strip(strip), lane(lane), end(end) {
-        place.position = begin;
-        if (begin < end) {
-            place = tiles.at(begin);
-            find_block();
-        }
-    }
+        const Params& p, const Share& share, int end, u32 ring, int strip, int lane)
+        : p(p), ring(ring), strip(strip), lane(lane), end(end), place(p, share),
+          block_id(share.block_id) {}
 
-    // Long before it is needed.
+    // Before it is needed.
     __device__ __forceinline__ void find_block() {
         block_id = p.block_tables[place.row * p.table_stride + place.tile * TILE / BLOCK_SIZE];
     }
@@ -190,8 +240,8 @@ struct Loader {
                 copy(p.v_cache + block * p.v_block_stride + slot * p.v_slot_stride,
                      p.v_slot_stride, num_valid);
                 if (place.position + 1 < end) {
-                    tiles.advance(place);
-                    find_block();
+                    place.advance(p);
+                    if (place.tile * TILE % BLOCK_SIZE == 0) find_block();
                 } else {
                     place.position = end;
                 }
@@ -390,8 +440,13 @@ __device__ __forceinline__ int head_of(int i, int thread) { return index(i, thre
 __device__ __forceinline__ int item_of(const Place& place) {
     return place.row * KV_HEADS + place.head;
 }
-__device__ __forceinline__ int line_of(const Place& place, int segment) {
-    return item_of(place) * MAX_SEGMENTS + segment;
+__device__ __forceinline__ int first_line(const Params& p, int block) {
+    return block * (p.max_segments + 1);
+}
+
+// The block that has a segment, which begins so many tiles behind the row's first.
+__device__ __forceinline__ int block_of(const Place& place, int tile, int per_block) {
+    return (place.position - place.tile + tile) / per_block;
 }
 
 __device__ __forceinline__ void write_stats(
@@ -411,11 +466,13 @@ __device__ __forceinline__ void write_out(
 }
 
 // All segments of a row and kv head, of which other blocks had some.
-__device__ __forceinline__ void add_segments(const Params& p, const Place& place, int thread) {
+__device__ __forceinline__ void add_segments(
+    const Params& p, const Place& place, int per_block, int thread) {
     // Segments whose loads are under way together, as registers allow.
     constexpr int AT_ONCE = SHARE == 1 ? 16 : SHARE >= 16 ? 1 : (32 + SHARE - 1) / SHARE;
     const int num_segments = place.num_segments(), head = min(thread % 32, GROUP - 1);
-    const int first = line_of(place, 0);
+    const int first_block = block_of(place, 0, per_block);
+    const int first = first_line(p, first_block) + p.max_segments;
     Results sums;
 #pragma unroll
     for (int i = 0; i < SHARE; i++)
@@ -423,15 +480,15 @@ __device__ __forceinline__ void add_segments(const Params& p, const Place& place
             sums.values[i] = __ldcg(p.partials + first * RESULTS + index(i, thread));
     const float2 stats = __ldcg(p.stats + first * GROUP + head);
     sums.largest = stats.x, sums.mass = stats.y;
-    // The first partial holds so many segments, and the places of the others of them nothing.
-    int segment = __ldcg(p.prefixes + item_of(place));
+    int segment = __ldcg(p.prefixes + first_block);
     for (; segment < num_segments; segment += AT_ONCE) {
         float values[AT_ONCE][SHARE];
         float2 stats[AT_ONCE];
 #pragma unroll
         for (int k = 0; k < AT_ONCE; k++) {
             if (segment + k >= num_segments) break;
-            const int line = first + segment + k;
+            const int tile = (segment + k) * place.per_segment;
+            const int line = first_line(p, block_of(place, tile, per_block)) + segment + k;
             stats[k] = __ldcg(p.stats + line * GROUP + head);
 #pragma unroll
             for (int i = 0; i < SHARE; i++)
@@ -454,8 +511,9 @@ __device__ __forceinline__ void add_segments(const Params& p, const Place& place
 // and kv head.
 __device__ __forceinline__ void end_segment(
     const Params& p, const Shared& s, const Sums& sums, Results& results, const Place& place,
-    bool is_last, int warp, int lane) {
+    int block, int per_block, bool is_last, int warp, int lane) {
     const int thread = warp * 32 + lane, segment = place.tile / place.per_segment;
+    const int own_lines = first_line(p, block);
     write_sums(s, sums, warp, lane);
     __syncthreads();
     float weights[WARPS];  // of head `lane`
@@ -480,7 +538,7 @@ __device__ __forceinline__ void end_segment(
         else
             to_add = results.add_stats(largest, mass);
     } else {
-        write_stats(p, line_of(place, segment), largest, mass, thread);
+        write_stats(p, own_lines + segment, largest, mass, thread);
     }
 #pragma unroll
     for (int i = 0; i < SHARE; i++) {
@@ -493,7 +551,7 @@ __device__ __forceinline__ void end_segment(
             value += __shfl_sync(~0u, weights[k], head) * part[index(i, thread) % HEAD_DIM];
         }
         if (!results.has_first)
-            p.partials[line_of(place, segment) * RESULTS + index(i, thread)] = value;
+            p.partials[(own_lines + segment) * RESULTS + index(i, thread)] = value;
         else if (segment == 0)
             results.values[i] = value;
         else
@@ -506,22 +564,22 @@ __device__ __forceinline__ void end_segment(
             write_out(p, place, results, thread);
         } else {
             if (results.has_first) {
-                const int line = line_of(place, 0);
+                const int line = own_lines + p.max_segments;
 #pragma unroll
                 for (int i = 0; i < SHARE; i++)
                     if (is_mine(i, thread))
                         p.partials[line * RESULTS + index(i, thread)] = results.values[i];
                 write_stats(p, line, results.largest, results.mass, thread);
-                if (thread == 0) p.prefixes[item_of(place)] = results.num_segments;
+                if (thread == 0) p.prefixes[block] = results.num_segments;
             }
             __syncthreads();  // all threads' stores, then the count
-            u32* arrivals = p.arrivals + item_of(place);
+            u32* arrivals = p.arrivals + block_of(place, 0, per_block);
             if (thread == 0)
                 *s.arrived = arrive(arrivals, results.num_segments) + results.num_segments;
             __syncthreads();
             if (*s.arrived == num_segments) {
                 if (thread == 0) *arrivals = 0;
-                add_segments(p, place, thread);
+                add_segments(p, place, per_block, thread);
             }
         }
         results.num_segments = 0;
@@ -530,6 +588,9 @@ __device__ __forceinline__ void end_segment(
 }
 
 extern "C" __constant__ int shared_bytes = SHARED_BYTES;
+extern "C" __constant__ int plan_shares_threads = PLAN_THREADS;
+extern "C" __constant__ int decode_attention_threads = THREADS;
+static_assert((MAX_ROWS + 2 * PLAN_THREADS / 32) * 4 <= SHARED_BYTES, "plan_shares's");
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     decode_attention(const __grid_constant__ Params p) {
@@ -542,21 +603,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     s.stats = (float2*)(dynamic + RING_BYTES + PARTS_BYTES);
     s.arrived = (u32*)(dynamic + RING_BYTES + PARTS_BYTES + STATS_BYTES);
 
-    // Inputs of the whole step: no kernel of it writes them.
-    const Tiles tiles(p, lane);
-    const int per_block = tiles.per_block();
     // Few segments belong to every second block or fewer: to blocks of different multiprocessors.
     constexpr int APART = GRID % BLOCKS_PER_SM == 0 ? GRID / BLOCKS_PER_SM : GRID;
     const int block = blockIdx.x % APART * (GRID / APART) + blockIdx.x / APART;
-    const int begin = tiles.segment_start(block * per_block);
-    const int end = tiles.segment_start((block + 1) * per_block);
-    Loader loader(p, tiles, s.ring, warp, lane, begin, end);
+    // The plan, lengths and tables are older than the kernel ahead.
+    const Share share = p.shares[block];
+    const int end = p.shares[block + 1].position;
+    if (share.position >= end) {
+        wait_for_kernel_before();  // as is promised to the kernel after this one
+        return;
+    }
+    Loader loader(p, share, end, s.ring, warp, lane);
 #pragma unroll 1
     for (int i = 0; i < STAGES - 1; i++) loader.load(true);
     wait_for_kernel_before();
-    if (begin >= end) return;
 
-    Place place = tiles.at(begin);
+    Place place(p, share);
     Queries q;
     Sums sums;
     Results results;
@@ -582,12 +644,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         const bool is_end = place.position + 1 == end;
         if (place.is_segment_end()) {
             const bool is_last = is_end || place.is_item_end();
-            end_segment(p, s, sums, results, place, is_last, warp, lane);
+            end_segment(p, s, sums, results, place, block, share.per_block, is_last, warp, lane);
             if (is_end) break;
             sums.clear();
         }
         const bool is_item_end = place.is_item_end();
-        tiles.advance(place);
+        place.advance(p);
         if (is_item_end) q.load(p, place, lane);
     }
 }

@@ -1,7 +1,8 @@
-"""How does attention of a decode step of few rows run on Hopper? One launch, begun early.
+"""How does attention of a decode step run on Hopper? One launch a layer, begun early.
 
 `decode_attention.cu` says how. This is its host side: which shapes it takes and its buffers. A
-row's result does not depend on the other rows: not one bit.
+row's result does not depend on the other rows, but for how its context is cut where they are more
+than Tuning.few_rows: not one bit.
 
 Letters: N rows, H query heads, K kv heads, D head dim, W blocks per sequence.
 """
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from graphengine.kernels.nvrtc import Kernel, compiled
 
-MAX_ROWS = 32  # a lane each
+# Of more rows kernels.paged_decode is as fast or faster.
+MAX_ROWS = 64
 SOURCE = Path(__file__).with_name("decode_attention.cu")
 HEADER = Path(__file__).with_name("hopper.cuh")
 ARCHITECTURE = "sm_90a"
@@ -28,22 +30,29 @@ _HEAD_DIMS = (64, 128)
 _MAX_GROUP = 16
 # As in decode_attention.cu.
 _STRIP = 16
+SHARE_INTS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
     """How the kernel cuts its work. stages: strips of 16 tokens that a warp has room for, keys and
     values counted apart. segments: of a row, over all its kv heads: parts of its context whose sums
-    are kept apart, so that one row alone keeps half of the blocks busy."""
+    are kept apart, so that one row alone keeps half of the blocks busy. least_tiles: of warps * 16
+    tokens in a segment, since the end of one takes 1 us. segments_of_many: the same of steps of
+    more than few_rows."""
 
     blocks_per_sm: int = 2
     warps: int = 4
     stages: int = 4
     segments: int = 128
+    least_tiles: int = 2
+    few_rows: int = 32
+    segments_of_many: int = 16
 
-    def max_segments(self, num_kv_heads: int) -> int:
-        """Of a row and kv head."""
-        return max(1, self.segments // num_kv_heads)
+    def max_segments(self, num_rows: int, num_kv_heads: int) -> int:
+        """Of a row and kv head, in a step of num_rows."""
+        segments = self.segments if num_rows <= self.few_rows else self.segments_of_many
+        return max(1, segments // num_kv_heads)
 
 
 TUNING = Tuning()  # the best of those measured
@@ -56,6 +65,7 @@ _POINTERS = (
     "out",
     "block_tables",
     "context_lens",
+    "shares",
     "partials",
     "stats",
     "prefixes",
@@ -79,19 +89,27 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int64) for name in _STRIDES),
         ("scale", ctypes.c_float),
         ("num_rows", ctypes.c_int),
+        ("max_segments", ctypes.c_int),
     )
 
 
 class Launcher(Protocol):
     """What runs the kernel: a Hopper GPU, or, in the tests, a CPU."""
 
-    def launch(self, params: Params) -> None:
-        """It may start before the kernel ahead of it has ended."""
+    num_blocks: int
+
+    def plan(self, params: Params) -> None:
+        """plan_shares, which starts when all before it has ended."""
+
+    def attend(self, params: Params) -> None:
+        """decode_attention, which may start before the kernel ahead of it has ended."""
 
 
 class DecodeAttention:
     """Attention of steps of up to MAX_ROWS rows of one shape, on torch's current stream; it can be
-    captured. Calls share their buffers, so they must follow each other on one stream."""
+    captured. A step begins with `plan`. Calls share their buffers, so they must follow each other
+    on one stream. They take 9 MB for 8 kv heads of 4 query heads, 128 wide, and 8 to 30 times that
+    for one or two of 16."""
 
     max_rows = MAX_ROWS
 
@@ -109,6 +127,7 @@ class DecodeAttention:
         """Compiles the kernel, or takes it from the user's cache, unless a launcher is given. A
         tuning other than TUNING is slower, and right."""
         self._block_shape = (block_size, num_kv_heads, head_dim)
+        self._tuning = tuning
         if launcher is None:
             num_blocks = tuning.blocks_per_sm * _num_multiprocessors(device)
             defines = defines_for(
@@ -125,13 +144,22 @@ class DecodeAttention:
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        segments = tuning.max_segments(num_kv_heads)
-        lines = (MAX_ROWS, num_kv_heads, segments, num_heads // num_kv_heads)
+        # What blocks write out and count: see Params in decode_attention.cu.
+        num_blocks, group = launcher.num_blocks, num_heads // num_kv_heads
+        most = max(tuning.max_segments(rows, num_kv_heads) for rows in (1, MAX_ROWS))
+        lines = (num_blocks, most + 1, group)
         self._out = buffer(MAX_ROWS, num_heads, head_dim, dtype=torch.bfloat16)
+        self._shares = buffer(num_blocks + 1, SHARE_INTS, dtype=torch.int32)
         self._partials = buffer(*lines, head_dim)
         self._stats = buffer(*lines, 2)
-        self._prefixes = buffer(MAX_ROWS, num_kv_heads, dtype=torch.int32)
-        self._arrivals = buffer(MAX_ROWS, num_kv_heads, dtype=torch.int32)
+        self._prefixes = buffer(num_blocks, dtype=torch.int32)
+        self._arrivals = buffer(num_blocks, dtype=torch.int32)
+
+        # Of the step that was planned last.
+        self._step = Params()
+        for name in ("shares", "partials", "stats", "prefixes", "arrivals"):
+            setattr(self._step, name, getattr(self, f"_{name}").data_ptr())
+        self._step.scale = head_dim**-0.5 * math.log2(math.e)
 
     @staticmethod
     def takes(
@@ -158,22 +186,34 @@ class DecodeAttention:
             and block_size % (TUNING.warps * _STRIP) == 0
         )
 
-    def decode(
-        self,
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_tables: Tensor,
-        context_lens: Tensor,
-    ) -> Tensor:
-        """q [N, H, D] -> [N, H, D], overwritten by the next call; the rest as
-        `AttentionBackend.decode` has it, without a window.
+    def plan(self, block_tables: Tensor, context_lens: Tensor) -> None:
+        """Cuts the step that the next calls of `decode` belong to: block_tables int32 [N, W],
+        context_lens int32 [N], at least 1 each, neither of which may change before the last.
+
+        Between it and the first of them a kernel must lie that does not start early: `decode` reads
+        the plan before it waits for the kernel ahead."""
+        num_rows = len(context_lens)
+        assert len(block_tables) == num_rows <= MAX_ROWS
+        assert block_tables.stride(1) == 1
+        assert block_tables.dtype == context_lens.dtype == torch.int32
+        params = self._step
+        params.block_tables = block_tables.data_ptr()
+        params.context_lens = context_lens.data_ptr()
+        params.table_stride = block_tables.stride(0)
+        params.num_rows = num_rows
+        params.max_segments = self._tuning.max_segments(num_rows, self._block_shape[1])
+        self._launcher.plan(params)
+
+    def decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """q [N, H, D] -> [N, H, D], overwritten by the next call: as `AttentionBackend.decode` has
+        it, without a window, over the tables and lengths that `plan` had last.
 
         What the kernel ahead on the stream writes may be q and each row's newest key and value.
         Nothing that it or a kernel that it overlaps writes may be an older one's, block_tables or
         context_lens."""
+        params = self._step
         num_rows, num_heads, head_dim = q.shape
-        assert num_rows <= MAX_ROWS
+        assert num_rows == params.num_rows
         assert (num_heads, head_dim) == self._out.shape[1:]
         assert k_cache.shape[1:] == v_cache.shape[1:] == self._block_shape
         assert q.dtype == k_cache.dtype == v_cache.dtype == torch.bfloat16
@@ -184,22 +224,13 @@ class DecodeAttention:
             assert cache.stride(0) % 8 == cache.stride(1) % 8 == 0
         assert q.stride()[1:] == (head_dim, 1)
         assert q.stride(0) % 2 == 0  # read in pairs
-        assert block_tables.stride(1) == 1
-        assert block_tables.dtype == context_lens.dtype == torch.int32
         out = self._out[:num_rows]
-        params = Params()
         params.q, params.out = q.data_ptr(), out.data_ptr()
         params.k_cache, params.v_cache = k_cache.data_ptr(), v_cache.data_ptr()
-        params.block_tables = block_tables.data_ptr()
-        params.context_lens = context_lens.data_ptr()
-        params.partials, params.stats = self._partials.data_ptr(), self._stats.data_ptr()
-        params.prefixes, params.arrivals = self._prefixes.data_ptr(), self._arrivals.data_ptr()
-        params.q_stride, params.table_stride = q.stride(0), block_tables.stride(0)
+        params.q_stride = q.stride(0)
         params.k_block_stride, params.k_slot_stride = k_cache.stride()[:2]
         params.v_block_stride, params.v_slot_stride = v_cache.stride()[:2]
-        params.scale = head_dim**-0.5 * math.log2(math.e)
-        params.num_rows = num_rows
-        self._launcher.launch(params)
+        self._launcher.attend(params)
         return out
 
 
@@ -208,15 +239,23 @@ class HopperLauncher:
 
     def __init__(self, defines: dict[str, int], device: torch.device) -> None:
         self._device = device
-        self._num_blocks = defines["GRID"]
+        self.num_blocks = defines["GRID"]
         cubin = compiled(SOURCE, (HEADER,), architecture=ARCHITECTURE, defines=defines)
-        self._kernel = Kernel(cubin, "decode_attention", num_threads=defines["WARPS"] * 32)
+        self._plan = Kernel(cubin, "plan_shares")
+        self._attend = Kernel(cubin, "decode_attention")
 
-    def launch(self, params: Params) -> None:
+    def plan(self, params: Params) -> None:
         """See Launcher."""
+        self._launch(self._plan, params, num_blocks=1, early=False)
+
+    def attend(self, params: Params) -> None:
+        """See Launcher."""
+        self._launch(self._attend, params, num_blocks=self.num_blocks, early=True)
+
+    def _launch(self, kernel: Kernel, params: Params, *, num_blocks: int, early: bool) -> None:
         raw = ctypes.create_string_buffer(bytes(params), ctypes.sizeof(params))
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        self._kernel.launch(raw, num_blocks=self._num_blocks, stream=stream, early=True)
+        kernel.launch(raw, num_blocks=num_blocks, stream=stream, early=early)
 
 
 def defines_for(
@@ -237,8 +276,9 @@ def defines_for(
         "BLOCK_SIZE": block_size,
         "STAGES": tuning.stages,
         "WARPS": tuning.warps,
-        "MAX_SEGMENTS": tuning.max_segments(num_kv_heads),
         "BLOCKS_PER_SM": tuning.blocks_per_sm,
+        "LEAST_TILES": tuning.least_tiles,
+        "MAX_ROWS": MAX_ROWS,
     }
 
 

@@ -10,6 +10,7 @@ Letters: N rows, E hidden, I intermediate, H query heads, K kv heads, D head dim
 from __future__ import annotations
 
 import ctypes
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -28,10 +29,12 @@ SOURCE = Path(__file__).with_name("decode_chain.cu")
 HEADER = Path(__file__).with_name("hopper.cuh")
 ARCHITECTURE = "sm_90a"
 _CAPABILITY = (9, 0)  # wgmma is Hopper's alone
-_NUM_THREADS = 320
 # As in decode_chain.cu.
 _TILE_F = 128
 _UNIT_C = 64
+_PIECE = 64
+_LEAST_WHOLE = 96
+_MAX_WHOLE_TILES = 2
 _NUM_PHASES = 4
 _O_PROJ, _GATE_UP, _DOWN, _QKV = range(_NUM_PHASES)
 _COUNTERS = _NUM_PHASES * 32
@@ -156,6 +159,7 @@ class DecodeChain:
         self._block_size = block_size
         self._device = device
         self._launcher = launcher or HopperLauncher(config, device)
+        self._whole_rows = whole_rows(config, self._launcher.num_blocks)
         h, e, i = config.num_heads * config.head_dim, config.hidden_size, config.intermediate_size
 
         def buffer(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -163,7 +167,7 @@ class DecodeChain:
 
         partials = (num_partials(config, self._launcher.num_blocks),)
         self._partials = torch.full(partials, _EMPTY, dtype=torch.int32, device=device)
-        self._squares = buffer(MAX_ROWS, e // _TILE_F, dtype=torch.float32)
+        self._squares = buffer(MAX_ROWS, e // _PIECE, dtype=torch.float32)
         self._counters = buffer(config.num_layers + 1, _COUNTERS, dtype=torch.int32)
         self._residual = buffer(MAX_ROWS, e)
         self._normed = buffer(MAX_ROWS, e)
@@ -197,7 +201,7 @@ class DecodeChain:
             and depth % _UNIT_C == 0
             # Each block has a part of each product.
             and features // _TILE_F * (depth // _UNIT_C) >= num_blocks
-            for features, depth in _products(config)
+            for features, depth in _products(config, num_blocks)
         )
 
     def begin(
@@ -219,7 +223,8 @@ class DecodeChain:
         params.next_norm = layer.input_norm.data_ptr()
         params.first_phase, params.last_phase, params.is_first = _QKV, _QKV, 1
         q = self._give_q(params, layer, positions, k_cache, v_cache, step)
-        # The counters' zeros are written by no kernel: it must not start early.
+        # The counters' zeros are written by no kernel: it must not start early, nor should it for
+        # attention's sake: see DecodeAttention.plan.
         self._launcher.launch(params, _padded(positions.shape[0]), early=False)
         return q
 
@@ -278,9 +283,12 @@ class DecodeChain:
     def _take_attended(self, params: Params, attended: Tensor, layer: LayerWeights) -> None:
         params.attended = self._input_map(attended.flatten(1), attended.shape[0])
         params.post_norm = layer.post_norm.data_ptr()
-        weights = (layer.o_proj, layer.gate_up_proj, layer.down_proj)
-        for phase, weight in zip((_O_PROJ, _GATE_UP, _DOWN), weights, strict=True):
-            params.weights[phase] = self._launcher.tensor_map(weight, _BOX_ROWS)
+        for phase, weight, box_rows in (
+            (_O_PROJ, layer.o_proj, _BOX_ROWS),
+            (_GATE_UP, layer.gate_up_proj, self._whole_rows or _BOX_ROWS),
+            (_DOWN, layer.down_proj, _BOX_ROWS),
+        ):
+            params.weights[phase] = self._launcher.tensor_map(weight, box_rows)
 
     def _give_q(
         self,
@@ -326,8 +334,7 @@ class HopperLauncher:
         with ThreadPoolExecutor(len(ROWS)) as pool:
             cubins = list(pool.map(compile, ROWS))
         self._kernels = {
-            rows: Kernel(cubin, "decode_chain", num_threads=_NUM_THREADS)
-            for rows, cubin in zip(ROWS, cubins, strict=True)
+            rows: Kernel(cubin, "decode_chain") for rows, cubin in zip(ROWS, cubins, strict=True)
         }
 
     def tensor_map(self, matrix: Tensor, box_rows: int) -> TensorMap:
@@ -364,7 +371,7 @@ def defines_for(config: ModelConfig, *, num_rows: int, num_blocks: int) -> dict[
 def num_partials(config: ModelConfig, num_blocks: int) -> int:
     """Floats of the partial sums of the product that has the most, at MAX_ROWS rows."""
     most = 0
-    for features, inputs in _products(config):
+    for features, inputs in _products(config, num_blocks):
         tiles, depth = features // _TILE_F, inputs // _UNIT_C
         units = tiles * depth
 
@@ -376,12 +383,22 @@ def num_partials(config: ModelConfig, num_blocks: int) -> int:
     return most
 
 
-def _products(config: ModelConfig) -> tuple[tuple[int, int], ...]:
-    """(F, C) of each phase."""
+def whole_rows(config: ModelConfig, num_blocks: int) -> int | None:
+    """Rows of gate's weights, or of up's, that a block loads at once where it has whole features of
+    them; None where they are cut in units as the other products are."""
+    most = 2 * math.ceil(config.intermediate_size // 2 / num_blocks)  # features
+    tiles = math.ceil(most / _TILE_F)
+    rows = 8 * math.ceil(math.ceil(most / tiles) / 8)
+    return rows if rows >= _LEAST_WHOLE and tiles <= _MAX_WHOLE_TILES else None
+
+
+def _products(config: ModelConfig, num_blocks: int) -> list[tuple[int, int]]:
+    """(F, C) of each product that is cut in units."""
     e, i = config.hidden_size, config.intermediate_size
     q_features = config.num_heads * config.head_dim
     qkv_features = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return (e, q_features), (2 * i, e), (e, i), (qkv_features, e)
+    products = [(e, q_features), (e, i), (qkv_features, e)]
+    return products if whole_rows(config, num_blocks) else [*products, (2 * i, e)]
 
 
 def _padded(num_rows: int) -> int:

@@ -3,7 +3,7 @@
 // consistency. The tests have another header of the same functions, which runs kernels on a CPU.
 //
 // Set when compiled: GRID, the blocks of the launch, and, for a kernel that multiplies by wgmma, NR,
-// the columns of `multiply`. Its consumers are 256 threads, two warpgroups.
+// the columns of `multiply`.
 
 #pragma once
 
@@ -136,11 +136,13 @@ __device__ __forceinline__ void multiply_wait(float (&sums)[NR / 2]) {
 }
 #endif
 
-__device__ __forceinline__ void consumers_meet() {
-    asm volatile("bar.sync 1, 256;" ::: "memory");
+// Some of a block's threads: COUNT, of whole warps.
+template <int ID, int COUNT>
+__device__ __forceinline__ void meet() {
+    asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(COUNT) : "memory");
 }
 
-// What this thread has written by ordinary stores can be read by the copy engine.
+// What this thread has written to global memory by ordinary stores can be read by the copy engine.
 __device__ __forceinline__ void publish_to_copy_engine() {
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
@@ -186,21 +188,13 @@ __device__ __forceinline__ uint2 look_at(const uint2* from) {
     return v;
 }
 
-__device__ __forceinline__ uint1 look_at(const uint1* from) {
-    uint1 v;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v.x) : "l"(from) : "memory");
-    return v;
-}
-
 __device__ __forceinline__ bool is_there(uint4 v) {
     return v.x != EMPTY && v.y != EMPTY && v.z != EMPTY && v.w != EMPTY;
 }
 __device__ __forceinline__ bool is_there(uint2 v) { return v.x != EMPTY && v.y != EMPTY; }
-__device__ __forceinline__ bool is_there(uint1 v) { return v.x != EMPTY; }
 
 __device__ __forceinline__ void clear(uint4* at) { *at = {EMPTY, EMPTY, EMPTY, EMPTY}; }
 __device__ __forceinline__ void clear(uint2* at) { *at = {EMPTY, EMPTY}; }
-__device__ __forceinline__ void clear(uint1* at) { *at = {EMPTY}; }
 
 __device__ __forceinline__ float to_float(bf16 value) { return __uint_as_float((u32)value << 16); }
 

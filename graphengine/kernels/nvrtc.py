@@ -30,17 +30,15 @@ class CompileError(RuntimeError):
 class Kernel:
     """One kernel of a compiled module, for blocks of one size and one amount of shared memory."""
 
-    def __init__(self, cubin: bytes, name: str, *, num_threads: int) -> None:
-        """The module keeps its dynamic shared memory's size in `shared_bytes`, an int."""
+    def __init__(self, cubin: bytes, name: str) -> None:
+        """The module keeps the bytes of dynamic shared memory in `shared_bytes`, an int, and a
+        block's threads in `{name}_threads`."""
         module = checked(driver.cuModuleLoadData(cubin))
         self._function = checked(driver.cuModuleGetFunction(module, name.encode()))
-        address, _ = checked(driver.cuModuleGetGlobal(module, b"shared_bytes"))
-        size = ctypes.c_int()
-        checked(driver.cuMemcpyDtoH(ctypes.addressof(size), address, ctypes.sizeof(size)))
-        self._shared_bytes = size.value
-        self._num_threads = num_threads
+        self._shared_bytes = _constant(module, "shared_bytes")
+        self._num_threads = _constant(module, f"{name}_threads")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        checked(driver.cuFuncSetAttribute(self._function, attribute, size.value))
+        checked(driver.cuFuncSetAttribute(self._function, attribute, self._shared_bytes))
         # A multiprocessor is split in shared memory and L1 cache, and must be empty to be split
         # anew: all kernels that may start while one of these runs need the same split, the largest.
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
@@ -65,6 +63,13 @@ class Kernel:
             config.numAttrs = 1
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
+
+
+def _constant(module: Any, name: str) -> int:
+    address, _ = checked(driver.cuModuleGetGlobal(module, name.encode()))
+    value = ctypes.c_int()
+    checked(driver.cuMemcpyDtoH(ctypes.addressof(value), address, ctypes.sizeof(value)))
+    return value.value
 
 
 def compiled(

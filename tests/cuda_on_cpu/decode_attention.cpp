@@ -2,6 +2,10 @@
 
 #include <decode_attention.cu>
 
+extern "C" void run_plan(const Params* params, unsigned seed) {
+    emulator::launch(1, PLAN_THREADS, SHARED_BYTES, seed, [=] { plan_shares(*params); });
+}
+
 // writes: of the kernel ahead, num_writes of them.
 extern "C" void run(const Params* params, unsigned seed, const emulator::Write* writes,
                     int num_writes) {

@@ -3,7 +3,7 @@
 #include <decode_chain.cu>
 
 extern "C" void run(const Params* params, unsigned seed) {
-    emulator::launch(GRID, CONSUMERS + 64, SHARED_BYTES, seed, [=] { decode_chain(*params); });
+    emulator::launch(GRID, THREADS, SHARED_BYTES, seed, [=] { decode_chain(*params); });
 }
 
 // Of the last run: places and their bytes; gives how many there are.

@@ -30,9 +30,6 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef unsigned short bf16;
 
-struct uint1 {
-    u32 x;
-};
 struct alignas(8) uint2 {
     u32 x, y;
 };
@@ -45,7 +42,6 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 using std::max;
 using std::min;
 
@@ -177,8 +173,8 @@ inline void leave() {
         std::map<std::string, int> waiting;
         for (int i : m.runnable) {
             const Fiber& f = m.fibers[i];
-            const char* role = f.thread < 256 ? "consumer" : f.thread == 256 ? "weights" : "inputs";
-            waiting["block " + std::to_string(f.block) + ", " + role + " at " + f.where]++;
+            const std::string warp = std::to_string(f.thread / 32);
+            waiting["block " + std::to_string(f.block) + ", warp " + warp + " at " + f.where]++;
         }
         std::fprintf(stderr, "the kernel does not end; threads that wait:\n");
         for (auto& [what, count] : waiting) std::fprintf(stderr, "%s: %d\n", what.c_str(), count);
@@ -336,14 +332,6 @@ template <typename T>
 inline T __shfl_sync(u32, T value, int lane) {
     return emulator::exchange(value, lane);
 }
-inline u32 __ballot_sync(u32, bool claim) {
-    return emulator::together<u32>(claim, [](const bool* all, u32* got) {
-        u32 bits = 0;
-        for (int i = 0; i < 32; i++) bits |= (u32)all[i] << i;
-        for (int i = 0; i < 32; i++) got[i] = bits;
-    });
-}
-inline int __popc(u32 bits) { return __builtin_popcount(bits); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 template <typename T>
@@ -432,7 +420,10 @@ inline void multiply_wait_but_last() { emulator::meet_warp(); }
 inline void multiply_wait(float (&)[NR / 2]) { emulator::meet_warp(); }
 #endif
 
-inline void consumers_meet() { emulator::meet(1, 256); }
+template <int ID, int COUNT>
+inline void meet() {
+    emulator::meet(ID, COUNT);
+}
 inline void publish_to_copy_engine() {}
 inline void publish_barriers() {}
 // The kernel ahead ends when the first thread waits for it, and not before.
@@ -461,7 +452,6 @@ inline bool is_there(uint4 v) {
     return v.x != EMPTY && v.y != EMPTY && v.z != EMPTY && v.w != EMPTY;
 }
 inline bool is_there(uint2 v) { return v.x != EMPTY && v.y != EMPTY; }
-inline bool is_there(uint1 v) { return v.x != EMPTY; }
 template <typename Bits>
 inline void clear(Bits* at) {
     std::memset(at, 0xFF, sizeof(Bits));
