@@ -101,19 +101,12 @@ class DecoderModel(nn.Module):
 
         Writes the tokens' keys and values to `kv` at metadata.slot_mapping. Positions must be below
         max_model_len. With DecodeMetadata it does not sync on CUDA."""
-        planned, chain = self._planned, self._chain
-        if (
-            planned is not None
-            and isinstance(metadata, DecodeMetadata)
-            and len(input_ids) <= planned.max_rows
-        ):
-            planned.plan(metadata.block_tables, metadata.context_lens)
-        if (
-            chain is not None
-            and isinstance(metadata, DecodeMetadata)
-            and len(input_ids) <= chain.max_rows
-        ):
-            return self._chained(chain, input_ids, positions, kv, metadata)
+        if isinstance(metadata, DecodeMetadata):
+            planned, chain, num_rows = self._planned, self._chain, len(input_ids)
+            if planned is not None and num_rows <= planned.max_rows:
+                planned.plan(metadata.block_tables, metadata.context_lens)
+            if chain is not None and num_rows <= chain.max_rows:
+                return self._chained(chain, input_ids, positions, kv, metadata)
         residual = F.embedding(input_ids, self.embed_tokens)
         added: Tensor | None = None
         for layer, k_cache, v_cache in zip(self.layers, kv.k, kv.v, strict=True):

@@ -4,10 +4,11 @@ On Hopper, in bfloat16, with heads of 64 or 128 and without a window, `kernels.d
 runs steps of up to 64 rows: all blocks have equal shares of the contexts, and it begins before the
 kernel ahead has ended.
 
-Elsewhere: flash-attn gives each program 64 query rows; a decode step has H / K of them for a kv
-head. From 65 rows on `kernels.paged_decode` is ahead, and by most where contexts differ in length.
-With two query heads each so it is for so few rows that flash-attn splits the context, which it does
-by the table's width, not by the context's length. Figures: perf/LOG.md.
+Of more rows, and elsewhere: flash-attn gives each program 64 query rows; a decode step has H / K of
+them for a kv head. From 65 rows on `kernels.paged_decode` is ahead, and by most where contexts
+differ in length. With two query heads each so it is for so few rows that flash-attn splits the
+context, which it does by the table's width, not by the context's length. Figures, of Hopper without
+windows alone: perf/LOG.md.
 
 Letters: N tokens, B decode rows, H query heads, K kv heads, D head dim.
 """

@@ -4,17 +4,17 @@
 // One query a sequence is bound by the reading of keys and values, and what a kernel of its own
 // loses is its start and its drain. Here a fixed number of blocks, as many as a GPU holds at once,
 // take equal, contiguous shares of all tiles of the step: rows, of each its kv heads, of each its
-// tiles of tokens. Where shares begin is found once a step, by plan_shares, for all layers. Keys and
-// values are copied some strips ahead through a ring of shared memory, across all borders, and the
-// first of them before the kernel ahead has ended: those of tokens that are older than the step.
-// Each warp has its own 16 tokens of a tile and its own ring, so warps meet at the ends of segments
-// only.
+// tiles of tokens. Where shares begin is found once a step, by plan_shares, for all layers. Keys
+// and values are copied some strips ahead through a ring of shared memory, across all borders, and
+// the first of them before the kernel ahead has ended: those of tokens that are older than the
+// step. Each warp has its own 16 tokens of a tile and its own ring, so warps meet at the ends of
+// segments only.
 //
-// A segment is some tiles of a row: how many follows from the row's own length and max_segments. Its
-// warps' sums are put together, in their order, and then the segments of a row, in theirs. A block
-// that has a row's first segments adds them up itself; the others are written out in float32, and the
-// block that arrives last adds them. So no bit of a row depends on who took what, or on the other
-// rows, among steps of the same max_segments.
+// A segment is some tiles of a row: how many follows from the row's own length and max_segments.
+// Its warps' sums are put together, in their order, and then the segments of a row, in theirs. A
+// block that has a row's first segments adds them up itself; the others are written out in float32,
+// and the block that arrives last adds them. So no bit of a row depends on who took what, or on the
+// other rows, among steps of the same max_segments.
 //
 // The products are transposed: K [tokens, D] times Q^T, V^T times P^T, so that the query heads of a
 // kv head are eight columns, not sixteen rows, and a warp's sums fill half as many registers. The
@@ -22,8 +22,8 @@
 // movmatrix, griddepcontrol; what a lane holds of a matrix is from there.
 //
 // Set when compiled: GRID, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, STAGES, WARPS, BLOCKS_PER_SM,
-// LEAST_TILES (of a segment that is not a row's last), MAX_ROWS. Letters: N rows, D head dim, L lines:
-// see Params.
+// LEAST_TILES (of a segment that is not a row's last), MAX_ROWS. Letters: N rows, D head dim, L
+// lines: see Params.
 
 #include <hopper.cuh>
 
@@ -56,9 +56,9 @@ struct alignas(16) Share {
     int unused;
 };
 
-// Sums that a block writes out, max_segments + 1 lines: of the first row and kv head of its share, if
-// other blocks have the first segments, a line for each segment; of the last one, if other blocks have
-// the last segments, the last line, for all that it has had of them.
+// Sums that a block writes out, max_segments + 1 lines: of the first row and kv head of its share,
+// if other blocks have the first segments, a line for each segment; of the last one, if other
+// blocks have the last segments, the last line, for all that it has had of them.
 struct Params {
     const bf16* q;        // [N, HEADS, HEAD_DIM]
     const bf16* k_cache;  // [blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM]
@@ -131,8 +131,8 @@ struct Place {
 constexpr int PLAN_THREADS = 512;
 static_assert(MAX_ROWS <= PLAN_THREADS && (MAX_ROWS & (MAX_ROWS - 1)) == 0, "a row each");
 
-// Tiles of each share: whole rows of a kv head where that makes them a sixteenth more at most, as it
-// does where all rows are about as long.
+// Tiles of each share: whole rows of a kv head where that makes them a sixteenth more at most, as
+// it does where all rows are about as long.
 __device__ __forceinline__ int positions_per_block(int total, int longest) {
     const int least = (total + GRID - 1) / GRID;
     const int whole = (least + longest - 1) / longest * longest;

@@ -11,8 +11,8 @@
 // equal, contiguous share of the units in feature-major order. So the features of a tile may be
 // summed by several blocks, each over its part of C; the parts are written out in float32 and added
 // in their order. Of gate and up, where there are enough of them, every block has whole features
-// instead: nothing is to be added, and what waits for them waits 4 us less. Neither cut depends on N:
-// neither does any bit of a row's result.
+// instead: nothing is to be added, and what waits for them waits 4 us less. Neither cut depends on
+// N: neither does any bit of a row's result.
 //
 // Who adds parts waits for each by looking at its place, which is EMPTY until the part is there and
 // again when it was read: no fence, no counter. Inputs of a product, which the copy engine reads,
@@ -86,7 +86,9 @@ struct Cut {
 
     static constexpr int MOST = (UNITS + GRID - 1) / GRID;  // units of a block
 
-    static constexpr __device__ int begin(int block) { return (int)((long long)block * UNITS / GRID); }
+    static constexpr __device__ int begin(int block) {
+        return (int)((long long)block * UNITS / GRID);
+    }
     // The block that has a unit.
     static constexpr __device__ int owner(int unit) {
         return (int)(((long long)(unit + 1) * GRID - 1) / UNITS);
@@ -457,9 +459,9 @@ __device__ __forceinline__ void Multiplier::multiply_whole(const Params& p, int 
 // --- who adds up
 
 // Until this block's multipliers have had all of a product, which they begin when all blocks have
-// written its input. Before DOWN's parts that is more than a saving of looks: places of GATE_UP's parts
-// that another block has yet to add up are not EMPTY, and would pass for DOWN's. It also keeps
-// `normed`, `squares` and `scale` until the last of this block has read them.
+// written its input. Before DOWN's parts that is more than a saving of looks: places of GATE_UP's
+// parts that another block has yet to add up are not EMPTY, and would pass for DOWN's. It also
+// keeps `normed`, `squares` and `scale` until the last of this block has read them.
 __device__ __forceinline__ void wait_for_products(const Shared& s, int phase) {
     barrier_wait(s.multiplied + phase * 8, 0);
 }
@@ -472,7 +474,8 @@ __device__ __forceinline__ float add_lanes(float value) {
     return value;
 }
 
-// s.scale = 1 / RMS of each row of the residual, when PHASE's input is there; 0 of rows that are not.
+// s.scale = 1 / RMS of each row of the residual, when PHASE's input is there; 0 of rows that are
+// not.
 template <int PHASE>
 __device__ __forceinline__ void take_scales(const Params& p, const Shared& s, int thread) {
     constexpr int PIECES = HIDDEN / PIECE, LOADS = (PIECES + 31) / 32;
@@ -531,8 +534,8 @@ __device__ __forceinline__ void unpack(float (&to)[4], float4 from) {
 }
 
 // sums[i] = the sum over a tile's parts [MAX_PARTS, NR, TILE_F], in their order, of what stands at
-// offsets[i]. Looks for all that is missing at once, as long as something is, and clears the places:
-// no two lanes may want the same. Zeros for a lane that wants none.
+// offsets[i]. Looks for all that is missing at once, as long as something is, and clears the
+// places: no two lanes may want the same. Zeros for a lane that wants none.
 template <int PHASE, typename Bits, typename Sum, int COUNT>
 __device__ __forceinline__ void add_parts(
     Sum (&sums)[COUNT], const Params& p, int tile, const int (&offsets)[COUNT],
@@ -651,8 +654,8 @@ struct AddToResidual {
     }
 };
 
-// Rows of which half a warp takes 64 features of gate and up, if they come in parts: so many that each
-// warp has them at most once, and waits once for what comes from other blocks.
+// Rows of which half a warp takes 64 features of gate and up, if they come in parts: so many that
+// each warp has them at most once, and waits once for what comes from other blocks.
 constexpr __device__ int rows_to_activate() {
     int rows = 1;
     while (4 * rows <= NR && INTER / 64 * (NR / (2 * rows)) > WARPS * GRID) rows *= 2;
@@ -690,8 +693,8 @@ __device__ __forceinline__ void activate_parts(
     }
 }
 
-// q/k norm, RoPE, q out, k and v into the cache. Half a warp takes a head of a row, a lane PAIRS pairs
-// of dimensions that turn together. `prepare` loads what is there before the product is.
+// q/k norm, RoPE, q out, k and v into the cache. Half a warp takes a head of a row, a lane PAIRS
+// pairs of dimensions that turn together. `prepare` loads what is there before the product is.
 struct RotateAndCache {
     static constexpr int LANES = 16, PAIRS = HEAD_DIM / 2 / LANES, HALF = HEAD_DIM / 2;
     using Values = Rounded<PAIRS>;
@@ -747,7 +750,8 @@ struct RotateAndCache {
             const bool is_there = n < p.num_rows;
             const int offset = n * TILE_F + f % TILE_F + lane % LANES * PAIRS;
             typename Vector::Sum sums[2];
-            add_parts<QKV, typename Vector::Bits>(sums, p, f / TILE_F, {offset, offset + HALF}, is_there);
+            add_parts<QKV, typename Vector::Bits>(
+                sums, p, f / TILE_F, {offset, offset + HALF}, is_there);
             float x[PAIRS], y[PAIRS];
             unpack(x, sums[0]);
             unpack(y, sums[1]);

@@ -1,9 +1,9 @@
-// What a Hopper GPU can do that CUDA C++ has no word for: a function an instruction, or close to it.
-// PTX ISA 8: mbarrier, cp.async.bulk.tensor, wgmma, fence.proxy, griddepcontrol, and memory
+// What a Hopper GPU can do that CUDA C++ has no word for: a function an instruction, or close to
+// it. PTX ISA 8: mbarrier, cp.async.bulk.tensor, wgmma, fence.proxy, griddepcontrol, and memory
 // consistency. The tests have another header of the same functions, which runs kernels on a CPU.
 //
-// Set when compiled: GRID, the blocks of the launch, and, for a kernel that multiplies by wgmma, NR,
-// the columns of `multiply`.
+// Set when compiled: GRID, the blocks of the launch, and, for a kernel that multiplies by wgmma,
+// NR, the columns of `multiply`.
 
 #pragma once
 
@@ -283,7 +283,8 @@ __device__ __forceinline__ void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async;" ::: "memory");
 }
 
-// Programmatic dependent launch: until the kernel before has ended, and that the next one may start.
+// Programmatic dependent launch: until the kernel before has ended, and that the next one may
+// start.
 __device__ __forceinline__ void wait_for_kernel_before() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
