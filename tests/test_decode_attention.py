@@ -26,6 +26,7 @@ from cpu_launcher import CpuAttentionLauncher
 
 from graphengine.kernels import (  # after the skip: imports cuda-bindings
     decode_attention,
+    decode_chain,
     nvrtc,
 )
 from graphengine.kernels.decode_attention import TUNING, DecodeAttention, Tuning
@@ -282,6 +283,15 @@ def test_one_set_of_buffers_serves_any_steps(on_cpu: Compiled) -> None:
         case = Case(shape, contexts, seed=seed)
         case.check(case.run(attention))
     assert not attention._arrivals.any()
+
+
+def test_rows_of_a_chain_are_cut_alike_however_many_there_are() -> None:
+    assert TUNING.few_rows >= decode_chain.MAX_ROWS
+    for num_kv_heads in (1, 2, 8, 200):
+        few = {TUNING.max_segments(n, num_kv_heads) for n in range(1, TUNING.few_rows + 1)}
+        many = {TUNING.max_segments(n, num_kv_heads) for n in range(TUNING.few_rows + 1, 65)}
+        assert len(few) == len(many) == 1
+        assert min(few | many) >= 1
 
 
 def takes(

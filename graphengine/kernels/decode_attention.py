@@ -37,9 +37,9 @@ SHARE_INTS = 8
 class Tuning:
     """How the kernel cuts its work. stages: strips of 16 tokens that a warp has room for, keys and
     values counted apart. segments: of a row, over all its kv heads: parts of its context whose sums
-    are kept apart, so that one row alone keeps half of the blocks busy. least_tiles: of warps * 16
-    tokens in a segment, since the end of one takes 1 us. segments_of_many: the same of steps of
-    more than few_rows."""
+    are kept apart, so that one row alone keeps half of the blocks busy; segments_of_many in steps
+    of more than few_rows. least_tiles: of warps * 16 tokens in a segment, since the end of one
+    takes 1 us."""
 
     blocks_per_sm: int = 2
     warps: int = 4
@@ -108,8 +108,8 @@ class Launcher(Protocol):
 class DecodeAttention:
     """Attention of steps of up to MAX_ROWS rows of one shape, on torch's current stream; it can be
     captured. A step begins with `plan`. Calls share their buffers, so they must follow each other
-    on one stream. They take 9 MB for 8 kv heads of 4 query heads, 128 wide, and 8 to 30 times that
-    for one or two of 16."""
+    on one stream. On 132 multiprocessors they take 9 MB for 8 kv heads of 4 query heads, 128 wide,
+    and 15 or 30 times that for two or one of 16."""
 
     max_rows = MAX_ROWS
 

@@ -203,6 +203,14 @@ struct WeightStream {
 
     template <int PHASE>
     __device__ __forceinline__ void stream(const Params& p, int block) {
+        if constexpr (PHASE == GATE_UP && GateUp::IS_WHOLE)
+            stream_whole(p, block);
+        else
+            stream_units<PHASE>(p, block);
+    }
+
+    template <int PHASE>
+    __device__ __forceinline__ void stream_units(const Params& p, int block) {
         using cut = Cut<PHASE>;
         const TensorMap* map = &p.weights[PHASE];
         const int last = cut::begin(block + 1);
@@ -338,8 +346,16 @@ struct Multiplier {
         before = now;
     }
 
+    // This block's share of a product.
     template <int PHASE>
-    __device__ __forceinline__ void multiply_share(const Params& p, int block);
+    __device__ __forceinline__ void run(const Params& p, int block) {
+        if constexpr (PHASE == GATE_UP && GateUp::IS_WHOLE)
+            multiply_whole(p, block);
+        else
+            multiply_units<PHASE>(p, block);
+    }
+    template <int PHASE>
+    __device__ __forceinline__ void multiply_units(const Params& p, int block);
     __device__ __forceinline__ void multiply_whole(const Params& p, int block);
 };
 
@@ -363,7 +379,7 @@ __device__ __forceinline__ void put_parts(
 }
 
 template <int PHASE>
-__device__ __forceinline__ void Multiplier::multiply_share(const Params& p, int block) {
+__device__ __forceinline__ void Multiplier::multiply_units(const Params& p, int block) {
     using cut = Cut<PHASE>;
     const int end = cut::begin(block + 1);
     for (int unit = cut::begin(block); unit < end;) {
@@ -711,6 +727,7 @@ struct RotateAndCache {
     __device__ __forceinline__ static int row_of(const Params& p, int item, int lane) {
         return item % row_pairs(p) * 2 + lane / LANES;
     }
+
     __device__ __forceinline__ void prepare(const Params& p, int item, int lane) {
         const int n = row_of(p, item, lane), head = item / row_pairs(p);
         const int d = lane % LANES * PAIRS;
@@ -865,10 +882,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         WeightStream weights{s};
         if (has_rest) {
             weights.stream<O_PROJ>(p, block);
-            if constexpr (GateUp::IS_WHOLE)
-                weights.stream_whole(p, block);
-            else
-                weights.stream<GATE_UP>(p, block);
+            weights.stream<GATE_UP>(p, block);
             weights.stream<DOWN>(p, block);
         }
         if (has_start) {
@@ -893,15 +907,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (thread < MULTIPLIERS) {
         Multiplier multiplier{s, thread};
         if (has_rest) {
-            multiplier.multiply_share<O_PROJ>(p, block);
-            if constexpr (GateUp::IS_WHOLE)
-                multiplier.multiply_whole(p, block);
-            else
-                multiplier.multiply_share<GATE_UP>(p, block);
-            multiplier.multiply_share<DOWN>(p, block);
+            multiplier.run<O_PROJ>(p, block);
+            multiplier.run<GATE_UP>(p, block);
+            multiplier.run<DOWN>(p, block);
         }
         let_next_kernel_start();
-        if (has_start) multiplier.multiply_share<QKV>(p, block);
+        if (has_start) multiplier.run<QKV>(p, block);
         return;
     }
 

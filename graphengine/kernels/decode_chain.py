@@ -30,9 +30,9 @@ HEADER = Path(__file__).with_name("hopper.cuh")
 ARCHITECTURE = "sm_90a"
 _CAPABILITY = (9, 0)  # wgmma is Hopper's alone
 # As in decode_chain.cu.
+PIECE = 64
 _TILE_F = 128
 _UNIT_C = 64
-_PIECE = 64
 _LEAST_WHOLE = 96
 _MAX_WHOLE_TILES = 2
 _NUM_PHASES = 4
@@ -167,7 +167,7 @@ class DecodeChain:
 
         partials = (num_partials(config, self._launcher.num_blocks),)
         self._partials = torch.full(partials, _EMPTY, dtype=torch.int32, device=device)
-        self._squares = buffer(MAX_ROWS, e // _PIECE, dtype=torch.float32)
+        self._squares = buffer(MAX_ROWS, e // PIECE, dtype=torch.float32)
         self._counters = buffer(config.num_layers + 1, _COUNTERS, dtype=torch.int32)
         self._residual = buffer(MAX_ROWS, e)
         self._normed = buffer(MAX_ROWS, e)
