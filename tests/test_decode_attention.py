@@ -289,7 +289,10 @@ def test_rows_of_a_chain_are_cut_alike_however_many_there_are() -> None:
     assert TUNING.few_rows >= decode_chain.MAX_ROWS
     for num_kv_heads in (1, 2, 8, 200):
         few = {TUNING.max_segments(n, num_kv_heads) for n in range(1, TUNING.few_rows + 1)}
-        many = {TUNING.max_segments(n, num_kv_heads) for n in range(TUNING.few_rows + 1, 65)}
+        many = {
+            TUNING.max_segments(n, num_kv_heads)
+            for n in range(TUNING.few_rows + 1, decode_attention.MAX_ROWS + 1)
+        }
         assert len(few) == len(many) == 1
         assert min(few | many) >= 1
 
