@@ -30,7 +30,7 @@ _RULES = (
     ("silu", r"silu_mul"),
     ("sampler", r"^_split_kernel"),
     ("sampler's end", r"^_combine_kernel"),
-    ("product", r"_linear_kernel|nvjet|gemm|gemv|cutlass|xmma|cublas"),
+    ("product", r"_linear_kernel|^gated_linear|nvjet|gemm|gemv|cutlass|xmma|cublas"),
     ("other", r""),
 )
 _LAYER_PRODUCTS = ("qkv", "o", "gate_up", "down")

@@ -159,7 +159,8 @@ def _profiled(function: Callable[[], object]) -> dict[str, float]:
     kernels.sort(key=lambda event: event.time_range.start)
     stages: dict[str, float] = {}
     # A product is known by the kernel before it.
-    after = {"input_norm": "qkv", "attention": "o", "post_norm": "gate_up", "silu": "down"}
+    after = {"input_norm": "qkv", "attention": "o", "post_norm": "gate_up"}
+    after |= {"silu": "down", "gate_up_silu": "down"}
     stage = "start"
     for event in kernels:
         if "rms_norm" in event.name:
@@ -168,6 +169,8 @@ def _profiled(function: Callable[[], object]) -> dict[str, float]:
             stage = "rope"
         elif "silu_mul" in event.name:
             stage = "silu"
+        elif "gated_linear" in event.name:
+            stage = "gate_up_silu"
         elif "flash" in event.name.lower():
             stage = "attention"
         else:
@@ -187,7 +190,8 @@ def _floors(num_tokens: int, lengths: list[int]) -> dict[str, float]:
     floors = {
         name: 1e6 * flops / FLOPS_PER_S for name, flops in _layer_flops(num_tokens, lengths).items()
     }
-    moved = {"input_norm": 4 * 4096, "post_norm": 4 * 4096, "rope": 104 * 128, "silu": 3 * 14336}
+    floors["gate_up_silu"] = floors["gate_up"]
+    moved = {"input_norm": 2 * 4096, "post_norm": 2 * 4096, "rope": 104 * 128, "silu": 3 * 14336}
     return floors | {name: 2e6 * num_tokens * n / BYTES_PER_S for name, n in moved.items()}
 
 

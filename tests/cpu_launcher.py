@@ -1,16 +1,17 @@
-"""Runs the decode chain and decode attention on a CPU: the kernels themselves, compiled by g++ with
-another header of the GPU's instructions (cuda_on_cpu/hopper.cuh)."""
+"""Runs the kernels in CUDA C++ on a CPU: the kernels themselves, compiled by g++ with another
+header of the GPU's instructions (cuda_on_cpu/hopper.cuh)."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from graphengine.kernels import decode_attention
+from graphengine.kernels import decode_attention, gated_linear
 from graphengine.kernels.decode_chain import SOURCE, Params, TensorMap, defines_for
 from graphengine.model_config import ModelConfig
 
@@ -35,21 +36,14 @@ class CpuLauncher:
     def tensor_map(self, matrix: Tensor, box_rows: int) -> TensorMap:
         """What the emulated copy engine reads: address, rows, columns, bytes between rows, rows of
         a box."""
-        rows, columns = matrix.shape
-        tensor_map = TensorMap()
-        tensor_map.opaque[:5] = [matrix.data_ptr(), rows, columns, matrix.stride(0) * 2, box_rows]
-        return tensor_map
+        return _tensor_map(matrix, box_rows)
 
     def launch(self, params: Params, num_rows: int, *, early: bool) -> None:
         if num_rows not in self._libraries:
             self._libraries[num_rows] = self._compiled(num_rows)
         library = self._libraries[num_rows]
-        size = library.params_bytes()
-        assert size == -(-ctypes.sizeof(params) // 64) * 64
-        memory = ctypes.create_string_buffer(size + 64)
-        aligned = -(-ctypes.addressof(memory) // 64) * 64
-        ctypes.memmove(aligned, ctypes.addressof(params), ctypes.sizeof(params))
-        library.run(ctypes.c_void_p(aligned), ctypes.c_uint(self.seed))
+        with _aligned(params, library.params_bytes()) as address:
+            library.run(address, ctypes.c_uint(self.seed))
         self.seed += 1
         count = library.prefetched(None, None, 0)
         places, sizes = (ctypes.c_uint64 * count)(), (ctypes.c_uint64 * count)()
@@ -83,11 +77,61 @@ class CpuAttentionLauncher:
 
     def attend(self, params: decode_attention.Params) -> None:
         assert self._library.params_bytes() == ctypes.sizeof(params)
-        writes = [_Write(to.data_ptr(), what.data_ptr(), what.nbytes) for to, what in self.writes]
-        array = (_Write * len(writes))(*writes)
-        seed = ctypes.c_uint(self.seed)
-        self._library.run(ctypes.byref(params), seed, array, ctypes.c_int(len(writes)))
+        array, count = _writes(self.writes)
+        self._library.run(ctypes.byref(params), ctypes.c_uint(self.seed), array, count)
         self.seed += 1
+
+
+class CpuGatedLauncher:
+    """A Launcher of graphengine.kernels.gated_linear, for tiles of `features`. seed: of the order
+    in which threads run; each launch has its own. writes: as of CpuAttentionLauncher."""
+
+    def __init__(self, features: int, *, num_blocks: int, output: Path) -> None:
+        self.num_blocks = num_blocks
+        self.seed = 0
+        self.writes: Sequence[tuple[Tensor, Tensor]] = ()
+        self._features = features
+        defines = gated_linear.defines_for(features)
+        self._library = _compiled("gated_linear.cpp", output, defines)
+
+    def rows_map(self, x: Tensor) -> TensorMap:
+        return _tensor_map(x, 128)
+
+    def weight_map(self, weight: Tensor, features: int) -> TensorMap:
+        return _tensor_map(weight, features, num_gates=weight.shape[0] // 2)
+
+    def launch(self, params: gated_linear.Params, features: int, num_blocks: int) -> None:
+        assert features == self._features
+        array, count = _writes(self.writes)
+        seed = ctypes.c_uint(self.seed)
+        with _aligned(params, self._library.params_bytes()) as address:
+            self._library.run(address, ctypes.c_int(num_blocks), seed, array, count)
+        self.seed += 1
+
+
+def _tensor_map(matrix: Tensor, box_rows: int, *, num_gates: int = 0) -> TensorMap:
+    rows, columns = matrix.shape
+    tensor_map = TensorMap()
+    stride = matrix.stride(0) * matrix.element_size()
+    tensor_map.opaque[:6] = [matrix.data_ptr(), rows, columns, stride, box_rows, num_gates]
+    return tensor_map
+
+
+@contextlib.contextmanager
+def _aligned(params: ctypes.Structure, size: int) -> Iterator[ctypes.c_void_p]:
+    """A copy at an address that a struct with TensorMaps may have. size: of the kernel's struct."""
+    assert size == -(-ctypes.sizeof(params) // 64) * 64
+    memory = ctypes.create_string_buffer(size + 64)
+    address = -(-ctypes.addressof(memory) // 64) * 64
+    ctypes.memmove(address, ctypes.addressof(params), ctypes.sizeof(params))
+    yield ctypes.c_void_p(address)
+
+
+def _writes(writes: Sequence[tuple[Tensor, Tensor]]) -> tuple[ctypes.Array[_Write], ctypes.c_int]:
+    array = (_Write * len(writes))()
+    for place, (to, what) in zip(array, writes, strict=True):
+        place.to, place.source, place.size = to.data_ptr(), what.data_ptr(), what.nbytes
+    return array, ctypes.c_int(len(writes))
 
 
 def _compiled(source: str, output: Path, defines: Mapping[str, int]) -> ctypes.CDLL:

@@ -54,6 +54,10 @@ class Kernels(Protocol):
         decode: bool = False,
     ) -> Tensor: ...
 
+    def add_linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
+    ) -> None: ...
+
     def linear_silu_mul(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, *, decode: bool = False
     ) -> Tensor: ...

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from cuda.bindings import driver
 from torch import Tensor
 
-from graphengine.kernels.nvrtc import Kernel, checked, compiled, is_shared_by_mps
+from graphengine.kernels.nvrtc import Kernel, TensorMap, compiled, is_shared_by_mps, tensor_map
 from graphengine.model_config import ModelConfig
 
 # Of more rows the single kernels are as fast or faster: inputs and parts grow, weights do not.
@@ -67,10 +66,6 @@ class StepRows(Protocol):
     def block_tables(self) -> Tensor: ...
     @property
     def context_lens(self) -> Tensor: ...
-
-
-class TensorMap(ctypes.Structure):
-    _fields_ = (("opaque", ctypes.c_uint64 * 16),)
 
 
 _POINTERS = (
@@ -342,7 +337,8 @@ class HopperLauncher:
         num_rows, num_columns = matrix.shape
         key = (matrix.data_ptr(), num_rows, num_columns, matrix.stride(0), box_rows)
         if key not in self._maps:
-            self._maps[key] = _encoded(matrix, box_rows)
+            sizes, strides = (num_columns, num_rows), (matrix.stride(0),)
+            self._maps[key] = tensor_map(matrix, sizes, strides, (_UNIT_C, box_rows))
         return self._maps[key]
 
     def launch(self, params: Params, num_rows: int, *, early: bool) -> None:
@@ -403,23 +399,3 @@ def _products(config: ModelConfig, num_blocks: int) -> list[tuple[int, int]]:
 
 def _padded(num_rows: int) -> int:
     return next(rows for rows in ROWS if rows >= num_rows)
-
-
-def _encoded(matrix: Tensor, box_rows: int) -> TensorMap:
-    num_rows, num_columns = matrix.shape
-    tensor_map = checked(
-        driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-            2,
-            matrix.data_ptr(),
-            [driver.cuuint64_t(num_columns), driver.cuuint64_t(num_rows)],
-            [driver.cuuint64_t(matrix.stride(0) * matrix.element_size())],
-            [driver.cuuint32_t(_UNIT_C), driver.cuuint32_t(box_rows)],
-            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    )
-    return TensorMap.from_buffer_copy(ctypes.string_at(tensor_map.getPtr(), 128))

@@ -14,12 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from graphengine.kernels.decode_chain import DecodeChain
-from graphengine.kernels.fused_linear import linear, linear_silu_mul
+from graphengine.kernels.fused_linear import add_linear, linear, linear_silu_mul
 from graphengine.kernels.fused_sampling import sample
 from graphengine.kernels.launch import early_launch, enter_early
 from graphengine.model_config import ModelConfig
 
 __all__ = [
+    "add_linear",
     "add_rms_norm",
     "decode_chain",
     "linear",

@@ -26,10 +26,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from graphengine.kernels.gated_linear import gated_linear
 from graphengine.kernels.launch import early_launch, enter_early, is_hopper
 from graphengine.kernels.tiles import (
     Tiles,
     WideTiles,
+    gated_features,
     linear_tiles,
     padded_rows,
     silu_tiles,
@@ -61,6 +63,13 @@ def linear(
     return out
 
 
+def add_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
+    """`reference.add_linear`. cuBLAS adds, in float32, as it stores: a norm has half to read."""
+    if bias is not None:
+        residual += bias
+    torch.addmm(residual, x, weight.t(), out=residual)
+
+
 def linear_silu_mul(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, decode: bool = False
 ) -> Tensor:
@@ -69,6 +78,10 @@ def linear_silu_mul(
         wide = wide_tiles(x.shape[0], weight.shape[0] // 2, weight.shape[1], silu=True)
         if wide is not None:
             return _launch_wide(x, weight, bias, wide, silu=True)[0]
+    if x.dtype == torch.bfloat16 and bias is None and is_hopper(x.device):
+        features = gated_features(x.shape[0], weight.shape[0] // 2, weight.shape[1])
+        if features is not None:
+            return gated_linear(x, weight, features)
     tiles = silu_tiles(x.shape[0], weight.shape[0] // 2, weight.shape[1])
     if tiles is None or x.dtype not in _HALF:
         return _silu_mul(F.linear(x, weight, bias))

@@ -2,8 +2,8 @@
 // it. PTX ISA 8: mbarrier, cp.async.bulk.tensor, wgmma, fence.proxy, griddepcontrol, and memory
 // consistency. The tests have another header of the same functions, which runs kernels on a CPU.
 //
-// Set when compiled: GRID, the blocks of the launch, and, for a kernel that multiplies by wgmma,
-// NR, the columns of `multiply`.
+// Set when compiled: GRID, the blocks of the launch, for a kernel whose blocks all wait for each
+// other; and NR, the columns of `multiply`, for one that multiplies by wgmma.
 
 #pragma once
 
@@ -58,6 +58,44 @@ __device__ __forceinline__ void load_box(
         : "memory");
 }
 
+// Of a matrix [2I, C], its upper half beside its lower: 8 rows of the one, then 8 of the other, from
+// row 8 * `group` of each on.
+__device__ __forceinline__ void load_gates_and_ups(
+    u32 to, const TensorMap* map, int c, int group, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%2, %3, %3, %4}], [%5], %6;" ::"r"(to),
+        "l"(map), "r"(c), "r"(0), "r"(group), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
+// `load_box` to the same place of several blocks of the cluster, each of whose barriers gets the
+// bytes; bit i of `blocks` stands for block i.
+__device__ __forceinline__ void load_box_for_cluster(
+    u32 to, const TensorMap* map, int c, int r, u32 barrier, u32 blocks, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
+        "l"(map), "r"(c), "r"(r), "r"(barrier), "h"((unsigned short)blocks), "l"(policy)
+        : "memory");
+}
+
+// Arrives at the barrier that block `block` of the cluster has at this address.
+__device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 block) {
+    asm volatile(
+        "{\n.reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+        "r"(block)
+        : "memory");
+}
+
+// All threads of the cluster's blocks. What they wrote is not made visible.
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" :::
+                     "memory");
+}
+
 // Asks for memory to be brought to the L2 cache; a multiple of 16 bytes, aligned to 16.
 __device__ __forceinline__ void prefetch(const void* from, u32 bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
@@ -82,31 +120,123 @@ __device__ __forceinline__ u64 policy_evict_last() {
     return policy;
 }
 
+__device__ __forceinline__ u64 policy_evict_normal() {
+    u64 policy;
+    asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 // Rows of 128 bytes, 8 of them 1,024 bytes apart from the next 8, 128-byte swizzle.
 __device__ __forceinline__ u64 descriptor(u32 address) {
     return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
+// Eights of wgmma's accumulators: in the instruction's text, and as operands.
+#define TEXT_1 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define TEXT_2 TEXT_1 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define TEXT_3 TEXT_2 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define TEXT_4 TEXT_3 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define TEXT_5 TEXT_4 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define TEXT_6 TEXT_5 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define TEXT_7 TEXT_6 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define TEXT_8 TEXT_7 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define TEXT_9 TEXT_8 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define TEXT_10 TEXT_9 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define TEXT_11 TEXT_10 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define TEXT_12 TEXT_11 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define TEXT_13 TEXT_12 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define TEXT_14 TEXT_13 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define FOUR(a, i) "+f"(a[i]), "+f"(a[i + 1]), "+f"(a[i + 2]), "+f"(a[i + 3])
+#define SUMS_1(a) FOUR(a, 0), FOUR(a, 4)
+#define SUMS_2(a) SUMS_1(a), FOUR(a, 8), FOUR(a, 12)
+#define SUMS_3(a) SUMS_2(a), FOUR(a, 16), FOUR(a, 20)
+#define SUMS_4(a) SUMS_3(a), FOUR(a, 24), FOUR(a, 28)
+#define SUMS_5(a) SUMS_4(a), FOUR(a, 32), FOUR(a, 36)
+#define SUMS_6(a) SUMS_5(a), FOUR(a, 40), FOUR(a, 44)
+#define SUMS_7(a) SUMS_6(a), FOUR(a, 48), FOUR(a, 52)
+#define SUMS_8(a) SUMS_7(a), FOUR(a, 56), FOUR(a, 60)
+#define SUMS_9(a) SUMS_8(a), FOUR(a, 64), FOUR(a, 68)
+#define SUMS_10(a) SUMS_9(a), FOUR(a, 72), FOUR(a, 76)
+#define SUMS_11(a) SUMS_10(a), FOUR(a, 80), FOUR(a, 84)
+#define SUMS_12(a) SUMS_11(a), FOUR(a, 88), FOUR(a, 92)
+#define SUMS_13(a) SUMS_12(a), FOUR(a, 96), FOUR(a, 100)
+#define SUMS_14(a) SUMS_13(a), FOUR(a, 104), FOUR(a, 108)
+
 #if NR == 8
 #define ACCUMULATORS "{%0, %1, %2, %3}"
-#define OPERANDS(a) "+f"(a[0]), "+f"(a[1]), "+f"(a[2]), "+f"(a[3])
+#define OPERANDS(a) FOUR(a, 0)
 #define INPUTS "%4, %5"
 #define SHAPE "m64n8k16"
 #elif NR == 16
-#define ACCUMULATORS "{%0, %1, %2, %3, %4, %5, %6, %7}"
-#define OPERANDS(a) \
-    "+f"(a[0]), "+f"(a[1]), "+f"(a[2]), "+f"(a[3]), "+f"(a[4]), "+f"(a[5]), "+f"(a[6]), "+f"(a[7])
+#define ACCUMULATORS "{" TEXT_1 "}"
+#define OPERANDS(a) SUMS_1(a)
 #define INPUTS "%8, %9"
 #define SHAPE "m64n16k16"
 #elif NR == 32
-#define ACCUMULATORS \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
-#define OPERANDS(a) \
-    "+f"(a[0]), "+f"(a[1]), "+f"(a[2]), "+f"(a[3]), "+f"(a[4]), "+f"(a[5]), "+f"(a[6]), \
-    "+f"(a[7]), "+f"(a[8]), "+f"(a[9]), "+f"(a[10]), "+f"(a[11]), "+f"(a[12]), "+f"(a[13]), \
-    "+f"(a[14]), "+f"(a[15])
+#define ACCUMULATORS "{" TEXT_2 "}"
+#define OPERANDS(a) SUMS_2(a)
 #define INPUTS "%16, %17"
 #define SHAPE "m64n32k16"
+#elif NR == 48
+#define ACCUMULATORS "{" TEXT_3 "}"
+#define OPERANDS(a) SUMS_3(a)
+#define INPUTS "%24, %25"
+#define SHAPE "m64n48k16"
+#elif NR == 64
+#define ACCUMULATORS "{" TEXT_4 "}"
+#define OPERANDS(a) SUMS_4(a)
+#define INPUTS "%32, %33"
+#define SHAPE "m64n64k16"
+#elif NR == 80
+#define ACCUMULATORS "{" TEXT_5 "}"
+#define OPERANDS(a) SUMS_5(a)
+#define INPUTS "%40, %41"
+#define SHAPE "m64n80k16"
+#elif NR == 96
+#define ACCUMULATORS "{" TEXT_6 "}"
+#define OPERANDS(a) SUMS_6(a)
+#define INPUTS "%48, %49"
+#define SHAPE "m64n96k16"
+#elif NR == 112
+#define ACCUMULATORS "{" TEXT_7 "}"
+#define OPERANDS(a) SUMS_7(a)
+#define INPUTS "%56, %57"
+#define SHAPE "m64n112k16"
+#elif NR == 128
+#define ACCUMULATORS "{" TEXT_8 "}"
+#define OPERANDS(a) SUMS_8(a)
+#define INPUTS "%64, %65"
+#define SHAPE "m64n128k16"
+#elif NR == 144
+#define ACCUMULATORS "{" TEXT_9 "}"
+#define OPERANDS(a) SUMS_9(a)
+#define INPUTS "%72, %73"
+#define SHAPE "m64n144k16"
+#elif NR == 160
+#define ACCUMULATORS "{" TEXT_10 "}"
+#define OPERANDS(a) SUMS_10(a)
+#define INPUTS "%80, %81"
+#define SHAPE "m64n160k16"
+#elif NR == 176
+#define ACCUMULATORS "{" TEXT_11 "}"
+#define OPERANDS(a) SUMS_11(a)
+#define INPUTS "%88, %89"
+#define SHAPE "m64n176k16"
+#elif NR == 192
+#define ACCUMULATORS "{" TEXT_12 "}"
+#define OPERANDS(a) SUMS_12(a)
+#define INPUTS "%96, %97"
+#define SHAPE "m64n192k16"
+#elif NR == 208
+#define ACCUMULATORS "{" TEXT_13 "}"
+#define OPERANDS(a) SUMS_13(a)
+#define INPUTS "%104, %105"
+#define SHAPE "m64n208k16"
+#elif NR == 224
+#define ACCUMULATORS "{" TEXT_14 "}"
+#define OPERANDS(a) SUMS_14(a)
+#define INPUTS "%112, %113"
+#define SHAPE "m64n224k16"
 #endif
 
 #ifdef NR
@@ -151,6 +281,7 @@ __device__ __forceinline__ void grid_arrive(u32* counter) {
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
+#ifdef GRID
 __device__ __forceinline__ void grid_wait(const u32* counter) {
     u32 arrived;
     do {
@@ -160,6 +291,7 @@ __device__ __forceinline__ void grid_wait(const u32* counter) {
                      : "memory");
     } while (arrived < GRID);
 }
+#endif
 
 // A bit pattern that no sum has: a NaN, and not the one that arithmetic makes.
 constexpr u32 EMPTY = 0xFFFFFFFF;
@@ -249,6 +381,23 @@ __device__ __forceinline__ void load_transposed(u32 (&m)[4], u32 address) {
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
                  : "r"(address)
                  : "memory");
+}
+
+// The other way round: lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
+// 16 bytes of shared memory.
+__device__ __forceinline__ uint4 load_shared(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
 }
 
 // A matrix of 8 x 8 bfloat16, as a warp holds it.

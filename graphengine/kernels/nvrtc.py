@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from cuda.bindings import driver, nvrtc
+from torch import Tensor
 
 _CACHE = Path("~/.cache/graphengine/kernels")
 
@@ -25,6 +26,12 @@ _CACHE = Path("~/.cache/graphengine/kernels")
 class CompileError(RuntimeError):
     """A kernel that ships with the package cannot be compiled or called here: a bug, or a CUDA
     installation that does not fit."""
+
+
+class TensorMap(ctypes.Structure):
+    """Where the copy engine finds boxes of a matrix."""
+
+    _fields_ = (("opaque", ctypes.c_uint64 * 16),)
 
 
 class Kernel:
@@ -128,6 +135,30 @@ def compile_source(
     checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     checked(nvrtc.nvrtcDestroyProgram(program))
     return cubin, log
+
+
+def tensor_map(
+    matrix: Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
+) -> TensorMap:
+    """Boxes of `matrix`, bfloat16: sizes of its dimensions, the dense one first, elements between
+    two of each other one, multiples of 8, and the box's size, 64 in the dense one, swizzled by 128
+    bytes. What lies outside the matrix reads as zeros."""
+    encoded = checked(
+        driver.cuTensorMapEncodeTiled(
+            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            len(sizes),
+            matrix.data_ptr(),
+            [driver.cuuint64_t(size) for size in sizes],
+            [driver.cuuint64_t(stride * matrix.element_size()) for stride in strides],
+            [driver.cuuint32_t(size) for size in box],
+            [driver.cuuint32_t(1)] * len(sizes),
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return TensorMap.from_buffer_copy(ctypes.string_at(encoded.getPtr(), 128))
 
 
 def is_shared_by_mps(device: torch.device) -> bool:

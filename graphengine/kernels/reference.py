@@ -95,6 +95,12 @@ def linear(
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def add_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
+    """residual [N, F] += x [N, C] times weight [F, C] transposed, plus bias [F], in place. Of a
+    prefill: many rows."""
+    residual += torch.nn.functional.linear(x, weight, bias)
+
+
 def linear_silu_mul(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, decode: bool = False
 ) -> Tensor:

@@ -12,6 +12,7 @@ Letters: N tokens, F output features, C input features, S splits of C, I interme
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 # Above this many rows arithmetic counts too, and cuBLAS is ahead of all but small weights.
@@ -21,6 +22,15 @@ _MAX_WIDE_ROWS = 256
 _SMALL_WEIGHT = 2**23
 # Its programs: at most the 132 multiprocessors, and most of them.
 _WIDE_PROGRAMS = range(96, 133)
+# Of `gated_linear`: rows of a tile, multiprocessors it is cut for and how many of them are a wave,
+# the least weight it is used for, its least depth, and the least share of the waves' tiles that is
+# rows and features.
+GATED_ROWS = 256
+MULTIPROCESSORS = 132
+_ONE_WAVE = range(112, MULTIPROCESSORS + 1)
+_LEAST_GATED = 2**22
+_LEAST_GATED_DEPTH = 512
+_LEAST_BUSY = 0.8
 # Fewer rows tl.dot does not take.
 _MIN_ROWS = 16
 # Programs that keep the 132 multiprocessors of an H100 or H200 at work, and the least depth of one.
@@ -121,6 +131,29 @@ def wide_tiles(num_rows: int, num_features: int, depth: int, *, silu: bool) -> W
         if fits and num_programs in _WIDE_PROGRAMS:
             return tiles
     return None
+
+
+def gated_features(num_rows: int, intermediate: int, depth: int) -> int | None:
+    """Features of a tile of `gated_linear`, gates and ups, for [N, C] x [2I, C] under SiLU. None
+    leaves the product to cuBLAS: a tile takes its time whatever it holds, and so does a wave."""
+    is_large = 2 * intermediate * depth >= _LEAST_GATED and depth >= _LEAST_GATED_DEPTH
+    if not is_large or intermediate % 16 or depth % 64:
+        return None
+    features = _gated_features(intermediate)
+    # Of blocks, which share their rows.
+    num_pairs = math.ceil(num_rows / GATED_ROWS) * math.ceil(intermediate / features)
+    waves = math.ceil(2 * num_pairs / MULTIPROCESSORS)
+    room = waves * MULTIPROCESSORS * GATED_ROWS * features
+    return features if 2 * num_rows * intermediate >= _LEAST_BUSY * room else None
+
+
+def _gated_features(intermediate: int) -> int:
+    """A model's, for any rows: it needs one kernel. GATED_ROWS rows make one wave if they can, of
+    the fewest features; else the tiles, large ones, hold the least of what is not there."""
+    for features in range(128, 225, 32):
+        if 2 * math.ceil(intermediate / features) in _ONE_WAVE:
+            return features
+    return min((224, 192), key=lambda features: math.ceil(intermediate / features) * features)
 
 
 def padded_rows(num_rows: int) -> int:

@@ -25,6 +25,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -45,7 +46,8 @@ struct alignas(16) float4 {
 using std::max;
 using std::min;
 
-// What the tests put in its place: address, rows, columns, bytes between rows, rows of a box.
+// What the tests put in its place: address, rows, columns, bytes between rows, rows of a box; and of
+// gates over ups the rows of each, else 0.
 struct alignas(64) TensorMap {
     u64 opaque[16];
 };
@@ -53,6 +55,7 @@ struct alignas(64) TensorMap {
 namespace emulator {
 
 constexpr u32 SHARED_ADDRESS = 0x2340;  // not aligned, as a real one may not be
+constexpr int CLUSTER_BLOCKS = 2;       // of a kernel that has clusters
 
 struct Barrier {
     int count, missing, bytes = 0;
@@ -83,6 +86,7 @@ struct Exchange {
 };
 
 struct Block {
+    int running;  // threads
     std::vector<char> shared;
     std::map<u32, Barrier> barriers;
     std::map<int, Meeting> meetings;
@@ -116,6 +120,7 @@ struct Fiber {
 
 struct Machine {
     std::vector<Block> blocks;
+    std::map<int, Meeting> cluster_meetings;
     std::vector<Fiber> fibers;
     std::vector<int> runnable;
     std::function<void()> body;
@@ -142,8 +147,11 @@ inline void land(Block& block, const Copy& copy) {
         for (int chunk = 0; chunk < 8; chunk++) {
             char* to = block.shared.data() + (copy.to - SHARED_ADDRESS) + r * 128 +
                        (chunk ^ (int)(copy.to / 128 + r) % 8) * 16;
-            const u64 row = copy.row + r, column = copy.column + chunk * 8;
-            if (row < map[1] && column < map[2])
+            const u64 gates = map[5], column = copy.column + chunk * 8;
+            const u64 of_gate = copy.row * 8 + r / 16 * 8 + r % 8;
+            const u64 row = gates ? of_gate + r / 8 % 2 * gates : copy.row + r;
+            const bool is_inside = gates ? of_gate < gates : row < map[1];
+            if (is_inside && column < map[2])
                 std::memcpy(to, (const char*)map[0] + row * map[3] + column * 2, 16);
             else
                 std::memset(to, 0, 16);
@@ -211,8 +219,7 @@ inline void remove_current() {
         }
 }
 
-inline void meet(int id, int count) {
-    Meeting& meeting = block().meetings[id];
+inline void meet(Meeting& meeting, int count) {
     if (++meeting.arrived == count) {
         meeting.arrived = 0;
         for (int other : meeting.waiting) machine.runnable.push_back(other);
@@ -222,6 +229,18 @@ inline void meet(int id, int count) {
     meeting.waiting.push_back(machine.current);
     remove_current();
     leave();
+}
+
+inline void meet(int id, int count) { meet(block().meetings[id], count); }
+
+// A block of this one's cluster, which must not have ended.
+inline Block& neighbour(int rank) {
+    Block& other = machine.blocks[fiber().block / CLUSTER_BLOCKS * CLUSTER_BLOCKS + rank];
+    if (other.running == 0) {
+        std::fprintf(stderr, "a block of the cluster has ended too early\n");
+        std::abort();
+    }
+    return other;
 }
 
 inline void meet_warp() { meet(100 + fiber().thread / 32, 32); }
@@ -260,6 +279,7 @@ inline T exchange(T value, int from) {
 
 inline void enter() {
     machine.body();
+    block().running--;
     if (!fiber().copies.empty()) {
         std::fprintf(stderr, "a thread has ended and its copies are under way\n");
         std::abort();
@@ -288,6 +308,7 @@ inline void launch(int num_blocks, int num_threads, int shared_bytes, u32 seed,
     m.body = std::move(body);
     m.blocks.resize(num_blocks);
     for (Block& block : m.blocks) {
+        block.running = num_threads;
         block.shared.resize(shared_bytes);
         // As left by another kernel: NaN in float32 and bfloat16.
         std::memset(block.shared.data(), 0x7F, shared_bytes);
@@ -316,6 +337,7 @@ struct Index {
 
 #define threadIdx (emulator::Index{emulator::fiber().thread})
 #define blockIdx (emulator::Index{emulator::fiber().block})
+#define gridDim (emulator::Index{(int)emulator::machine.blocks.size()})
 #define SHARED_MEMORY(name) char* const name = emulator::block().shared.data()
 
 inline void __syncthreads() { emulator::meet(0, emulator::machine.num_threads); }
@@ -348,6 +370,7 @@ inline float __uint_as_float(u32 bits) {
     std::memcpy(&x, &bits, 4);
     return x;
 }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
@@ -375,6 +398,25 @@ inline void barrier_wait(u32 barrier, u32 parity) {
 inline void load_box(u32 to, const TensorMap* map, int c, int r, u32 barrier, u64) {
     emulator::block().copies.push_back({to, barrier, *map, c, r});
 }
+inline void load_gates_and_ups(
+    u32 to, const TensorMap* map, int c, int group, u32 barrier, u64) {
+    emulator::block().copies.push_back({to, barrier, *map, c, group});
+}
+inline void load_box_for_cluster(
+    u32 to, const TensorMap* map, int c, int r, u32 barrier, u32 blocks, u64) {
+    for (int i = 0; i < emulator::CLUSTER_BLOCKS; i++)
+        if (blocks >> i & 1) emulator::neighbour(i).copies.push_back({to, barrier, *map, c, r});
+}
+inline void barrier_arrive_at(u32 barrier, u32 block) {
+    auto& b = emulator::neighbour(block).barriers.at(barrier);
+    b.missing--;
+    b.settle();
+}
+inline void meet_cluster() {
+    const int cluster = emulator::fiber().block / emulator::CLUSTER_BLOCKS;
+    emulator::meet(emulator::machine.cluster_meetings[cluster],
+                   emulator::CLUSTER_BLOCKS * emulator::machine.num_threads);
+}
 inline void prefetch(const void* from, u32 bytes) {
     emulator::machine.prefetched.push_back({from, bytes});
 }
@@ -384,6 +426,7 @@ inline u32 clock_now() {
 }
 inline u64 policy_evict_first() { return 0; }
 inline u64 policy_evict_last() { return 0; }
+inline u64 policy_evict_normal() { return 0; }
 
 inline u64 descriptor(u32 address) {
     return (u64)((address & 0x3FFFF) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
@@ -435,10 +478,12 @@ inline void wait_for_kernel_before() {
 }
 inline void let_next_kernel_start() {}
 inline void grid_arrive(u32* counter) { ++*counter; }
+#ifdef GRID
 inline void grid_wait(const u32* counter) {
     emulator::fiber().where = "a counter";
     while (*(const volatile u32*)counter < GRID) emulator::leave();
 }
+#endif
 
 constexpr u32 EMPTY = 0xFFFFFFFF;
 inline void put_part(float* to, float sum) { std::memcpy(to, &sum, 4); }
@@ -550,6 +595,22 @@ inline void multiply_all(const Product* all, Sums* got) {
 
 inline void load_matrices(u32 (&m)[4], u32 address) { emulator::load_matrices(m, address, false); }
 inline void load_transposed(u32 (&m)[4], u32 address) { emulator::load_matrices(m, address, true); }
+inline void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    struct Given {
+        u32 address, m[4];
+    };
+    emulator::together<u32>(Given{address, {a, b, c, d}}, [](const Given* all, u32*) {
+        for (int lane = 0; lane < 32; lane++)
+            for (int i = 0; i < 4; i++)
+                std::memcpy(emulator::at(all[i * 8 + lane / 4].address + lane % 4 * 4),
+                            &all[lane].m[i], 4);
+    });
+}
+inline uint4 load_shared(u32 address) {
+    uint4 v;
+    std::memcpy(&v, emulator::at(address), 16);
+    return v;
+}
 inline u32 transposed(u32 m) {
     return emulator::together<u32>(m, [](const u32* all, u32* got) {
         for (int lane = 0; lane < 32; lane++) {

@@ -1,0 +1,179 @@
+"""Does the kernel of gate and up compute what the plain product and SiLU compute?"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+if sys.platform != "linux":
+    pytest.skip("cuda-bindings is for Linux here, as in torch", allow_module_level=True)
+
+from cpu_launcher import CpuGatedLauncher  # after the skip: imports cuda-bindings
+
+from graphengine.kernels import reference
+from graphengine.kernels.gated_linear import gated_linear
+from graphengine.kernels.tiles import gated_features
+
+CUDA = torch.device("cuda")
+# A gate and an up may each round to the other neighbour, 2^-7 away at most, and the result is
+# rounded too.
+TOLERANCE = 5 * 2**-8
+MakeLauncher = Callable[[int, int], CpuGatedLauncher]
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> MakeLauncher:
+    """By features of a tile and blocks at once."""
+    folder = tmp_path_factory.mktemp("gated")
+
+    def make(features: int, num_blocks: int) -> CpuGatedLauncher:
+        output = folder / f"gated-{features}-{num_blocks}.so"
+        return CpuGatedLauncher(features, num_blocks=num_blocks, output=output)
+
+    return make
+
+
+def inputs(
+    num_rows: int, intermediate: int, depth: int, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(num_rows + intermediate + depth)
+    x = torch.randn(num_rows, depth, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(2 * intermediate, depth, device=device) / depth**0.5
+    return x, weight.bfloat16()
+
+
+def assert_close(actual: Tensor, x: Tensor, weight: Tensor) -> None:
+    # In float32, but for what is rounded between the two kernels of the reference.
+    product = (x.float() @ weight.float().T).bfloat16()
+    gate, up = product.float().chunk(2, dim=-1)
+    expected = torch.nn.functional.silu(gate) * up
+    # Of a gate below 0 more than that much of SiLU: it falls as fast as e^x.
+    bound = TOLERANCE * (expected.abs() + up.abs() * 2**-4 + 2**-10)
+    assert bool((((actual.float() - expected).abs()) <= bound).all())
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "intermediate", "depth", "num_blocks"),
+    [
+        (256, 96, 320, 4),  # a tile each
+        (256, 96, 320, 2),  # two tiles of the same rows
+        (130, 112, 384, 4),  # rows and features that fill no tile
+        (600, 64, 320, 2),  # three tiles of rows, the last not full, in one cluster
+        (600, 64, 320, 4),  # one cluster has two, the other one
+    ],
+)
+def test_kernel_computes_what_the_reference_does(
+    launcher: MakeLauncher, num_rows: int, intermediate: int, depth: int, num_blocks: int
+) -> None:
+    x, weight = inputs(num_rows, intermediate, depth)
+    cpu = launcher(96, num_blocks)
+    cpu.writes = [(x, x.clone())]
+    x.fill_(torch.nan)  # until the kernel ahead has ended
+    assert_close(gated_linear(x, weight, 96, cpu), cpu.writes[0][1], weight)
+
+
+def test_order_of_threads_does_not_matter(launcher: MakeLauncher) -> None:
+    x, weight = inputs(256, 96, 448)
+    cpu = launcher(96, 2)
+    first = gated_linear(x, weight, 96, cpu)
+    for _ in range(4):
+        assert torch.equal(gated_linear(x, weight, 96, cpu), first)
+
+
+def test_rows_of_a_wider_tensor(launcher: MakeLauncher) -> None:
+    x, weight = inputs(200, 48, 320)
+    wider = torch.full((200, 512), torch.nan, dtype=torch.bfloat16)
+    wider[:, :320] = x
+    assert_close(gated_linear(wider[:, :320], weight, 96, launcher(96, 2)), x, weight)
+
+
+@pytest.mark.parametrize(
+    ("intermediate", "depth", "features"),
+    [
+        (14336, 4096, 224),  # Llama-3.1-8B: 128 tiles
+        (12288, 4096, 192),  # Qwen3-8B
+        (9728, 2560, 160),  # Qwen3-4B
+        (8192, 3072, 128),  # Llama-3.2-3B
+        (28672, 8192, 224),  # Llama-3.1-70B: two waves
+        (17408, 5120, None),  # Qwen3-14B: little of a second wave
+        (3072, 1024, None),  # Qwen3-0.6B: little of one
+        (14336, 4100, None),
+        (14344, 4096, None),
+        (8192, 448, None),
+    ],
+)
+def test_tiles_of_256_rows_fill_their_waves(
+    intermediate: int, depth: int, features: int | None
+) -> None:
+    assert gated_features(256, intermediate, depth) == features
+
+
+@pytest.mark.parametrize("num_rows", [1, 192, 211, 257, 384])
+def test_few_rows_of_a_tile_are_left_to_cublas(num_rows: int) -> None:
+    assert gated_features(num_rows, 14336, 4096) is None
+
+
+@pytest.mark.parametrize("num_rows", [212, 256, 512, 8192, 8193])
+def test_all_rows_of_a_model_have_one_kernel(num_rows: int) -> None:
+    assert gated_features(num_rows, 14336, 4096) == 224
+
+
+@pytest.mark.parametrize(
+    ("intermediate", "depth", "features"),
+    [(3072, 1024, 192), (6144, 2048, 192), (17408, 5120, 224), (18944, 3584, 192)],
+)
+def test_long_prefills_of_other_models(intermediate: int, depth: int, features: int) -> None:
+    assert gated_features(4096, intermediate, depth) == features
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [224, 256, 512, 1000, 8195])
+@pytest.mark.parametrize(
+    ("intermediate", "depth"), [(14336, 4096), (12288, 4096), (9728, 2560), (8192, 3072)]
+)
+def test_gpu_computes_what_the_reference_does(num_rows: int, intermediate: int, depth: int) -> None:
+    from graphengine.kernels import fused
+
+    x, weight = inputs(num_rows, intermediate, depth, "cuda")
+    assert gated_features(num_rows, intermediate, depth) is not None
+    actual = fused.linear_silu_mul(x, weight, None, decode=num_rows <= 256)
+    assert_close(actual, x, weight)
+    assert torch.equal(fused.linear_silu_mul(x, weight, None), actual)
+
+
+@pytest.mark.gpu
+def test_gpu_replays_what_it_computes() -> None:
+    from graphengine.kernels import fused
+
+    x, weight = inputs(256, 14336, 4096, "cuda")
+    norm = torch.ones(4096, device=CUDA, dtype=torch.bfloat16)
+
+    def step() -> Tensor:
+        return fused.linear_silu_mul(fused.rms_norm(x, norm, 1e-5), weight, None, decode=True)
+
+    expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = step()
+    for _ in range(20):
+        actual.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.gpu
+def test_gpu_leaves_a_bias_and_another_dtype_to_cublas() -> None:
+    from graphengine.kernels import fused
+
+    x, weight = inputs(256, 14336, 4096, "cuda")
+    bias = torch.randn(2 * 14336, device=CUDA, dtype=torch.bfloat16)
+    actual = fused.linear_silu_mul(x, weight, bias)
+    torch.testing.assert_close(actual, reference.linear_silu_mul(x, weight, bias))
+    half = fused.linear_silu_mul(x.half(), weight.half(), None)
+    torch.testing.assert_close(half, reference.linear_silu_mul(x.half(), weight.half(), None))
