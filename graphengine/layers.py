@@ -72,12 +72,12 @@ class DecoderLayer(nn.Module):
         k_cache: Tensor,
         v_cache: Tensor,
         metadata: DecodeMetadata | PrefillMetadata,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """What this layer's MLP adds to the residual stream, [N, E] or partial sums of it,
-        [S, N, E], left for the next norm to add.
+        [S, N, E], left for the next norm to add; None in a prefill, whose products add themselves.
 
-        added: the same of the layer before, None in the first. residual: [N, E], gets `added` and
-        attention's output in place."""
+        added: the same of the layer before, None in the first. residual: [N, E], gets `added`,
+        attention's output and, in a prefill, the MLP's in place."""
         kernels, decode = self._kernels, isinstance(metadata, DecodeMetadata)
         if added is None:
             normed = kernels.rms_norm(residual, self.input_norm, self._eps)
@@ -103,12 +103,20 @@ class DecoderLayer(nn.Module):
             attended = self._attention.prefill(
                 q, k, v, k_cache, v_cache, metadata, window=self.window
             )
-        hidden = kernels.linear(attended.flatten(1), self.o_proj, self.o_bias, decode=decode)
-        normed = kernels.add_rms_norm(hidden, residual, self.post_norm, self._eps)
+        attended = attended.flatten(1)
+        if decode:
+            hidden = kernels.linear(attended, self.o_proj, self.o_bias, decode=True)
+            normed = kernels.add_rms_norm(hidden, residual, self.post_norm, self._eps)
+        else:
+            kernels.add_linear(attended, self.o_proj, self.o_bias, residual)
+            normed = kernels.rms_norm(residual, self.post_norm, self._eps)
         activated = kernels.linear_silu_mul(
             normed, self.gate_up_proj, self.gate_up_bias, decode=decode
         )
-        return kernels.linear(activated, self.down_proj, self.down_bias, decode=decode)
+        if decode:
+            return kernels.linear(activated, self.down_proj, self.down_bias, decode=True)
+        kernels.add_linear(activated, self.down_proj, self.down_bias, residual)
+        return None
 
     def decode_attention(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata

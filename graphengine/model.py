@@ -111,7 +111,8 @@ class DecoderModel(nn.Module):
         added: Tensor | None = None
         for layer, k_cache, v_cache in zip(self.layers, kv.k, kv.v, strict=True):
             added = layer(added, residual, positions, self._cos_sin, k_cache, v_cache, metadata)
-        assert added is not None, "a ModelConfig has at least one layer"
+        if added is None:
+            return self._kernels.rms_norm(residual, self.norm, self.config.rms_norm_eps)
         return self._kernels.add_rms_norm(added, residual, self.norm, self.config.rms_norm_eps)
 
     def _chained(

@@ -200,6 +200,15 @@ def test_linear_silu_mul_is_silu_of_the_first_half_times_the_second() -> None:
     torch.testing.assert_close(result, expected, **TOLERANCES[torch.float32])
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_add_linear_adds_in_place(has_bias: bool) -> None:
+    x, weight, residual = randn(3, 8), randn(20, 8, seed=1), randn(3, 20, seed=2)
+    bias = randn(20, seed=3) if has_bias else None
+    expected = residual + x @ weight.T + (bias if bias is not None else 0.0)
+    reference.add_linear(x, weight, bias, residual)
+    torch.testing.assert_close(residual, expected, **TOLERANCES[torch.float32])
+
+
 def test_partial_sums_count_as_their_sum() -> None:
     parts, residual, weight = randn(3, 5, 16), randn(5, 16, seed=1), randn(16, seed=2)
     twin_residual = residual.clone()
@@ -385,6 +394,10 @@ def test_fused_products_are_their_twins(
                 assert not whole
                 result = result.sum(0)
             check(result, exact, 64 if dtype == torch.float32 else 2)
+        residual = randn(num_rows, num_features, dtype=dtype, seed=3).to(CUDA)
+        total = residual.double() + exact
+        fused.add_linear(x, weight, bias, residual)
+        check(residual, total, 64 if dtype == torch.float32 else 2)
         gate, up = exact.chunk(2, dim=-1)
         activated = torch.nn.functional.silu(gate) * up
         check(fused.linear_silu_mul(x, weight, bias), activated, 256 if eps < 1e-6 else 8)

@@ -82,6 +82,10 @@ class NotingKernels:
         self.decode.append(decode)
         return reference.linear(*args, **options)
 
+    def add_linear(self, *args: Any) -> None:
+        self.decode.append(False)
+        reference.add_linear(*args)
+
     def linear_silu_mul(self, *args: Any, decode: bool = False) -> Tensor:
         self.decode.append(decode)
         return reference.linear_silu_mul(*args)
