@@ -14,7 +14,7 @@ from captures.banks import Bank, BankPart, Banks
 from captures.buckets import BucketLadder
 from captures.clock import StepClock
 from captures.fields import Arena, Field
-from captures.streams import Streams
+from captures.streams import COMPUTE, Streams
 
 HostArrays = dict[str, npt.NDArray[np.generic]]
 
@@ -129,9 +129,9 @@ class StepPipeline:
         def run(part: BankPart) -> None:
             # The compute stream orders these three after the previous step's reads of the static
             # inputs and before the next step's writes of the static outputs.
-            static_in.copy_(part.device_in, non_blocking=True)
+            self._streams.copy(COMPUTE, static_in, part.device_in, "static.in")
             execute(step.bucket)
-            part.device_out.copy_(static_out, non_blocking=True)
+            self._streams.copy(COMPUTE, part.device_out, static_out, "static.out")
 
         self._banks.launch(
             step.bank,

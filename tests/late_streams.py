@@ -51,7 +51,10 @@ class LateStreams(CpuStreams):
         def run() -> None:
             dst.copy_(src)
 
-        self._enqueue(stream, run)
+        if stream == COMPUTE:
+            run()
+        else:
+            self._enqueue(stream, run)
 
     @property
     def is_idle(self) -> bool:
