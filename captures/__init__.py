@@ -5,7 +5,7 @@ from captures.buckets import BatchTooLarge, BucketLadder
 from captures.clock import ClockReading, DeviceSpan, StepClock
 from captures.eager import EagerRunner
 from captures.fields import Arena, Field, Layout
-from captures.graph import CaptureError, CaptureReport, GraphRunner
+from captures.graph import CaptureError, CaptureReport, GraphRunner, Replayable, capture
 from captures.runner import HostArrays, Step, StepFn, StepPipeline, StepRunner
 from captures.streams import COMPUTE, CpuStreams, CudaStreams, Streams, make_streams
 
@@ -30,11 +30,13 @@ __all__ = [
     "GraphRunner",
     "HostArrays",
     "Layout",
+    "Replayable",
     "Step",
     "StepClock",
     "StepFn",
     "StepPipeline",
     "StepRunner",
     "Streams",
+    "capture",
     "make_streams",
 ]

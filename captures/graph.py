@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -33,6 +35,48 @@ class CaptureReport:
         return sum(self.bytes.values())
 
 
+class Replayable(Protocol):
+    """Work that runs on torch's current stream, over and over."""
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+class Called:
+    """The CPU's twin of a graph: calls where that replays."""
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self.replay = step
+
+    def reset(self) -> None:
+        pass
+
+
+def capture(step: Callable[[], None], streams: Streams, pool: Any) -> Replayable:
+    """`step` as a graph, its memory from `pool` of torch.cuda.graph_pool_handle. It runs once
+    before, and reads and writes tensors that keep their addresses. On the CPU it is called when it
+    is replayed. Blocks until the streams are empty."""
+    if streams.device.type != "cuda":
+        return Called(step)
+    graph = torch.cuda.CUDAGraph()
+    with streams.on(COMPUTE):
+        # Warm-up outside the capture: kernels compile and libraries allocate at first use.
+        step()
+        streams.synchronize()
+        # capture_begin directly: torch.cuda.graph() also empties the allocator's cache, which is
+        # slow and would give back what the next bucket needs.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            step()
+        except BaseException:
+            with contextlib.suppress(Exception):  # the step's own error is the one to tell
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    return graph
+
+
 class GraphRunner:
     """One CUDA graph per bucket, all in one memory pool."""
 
@@ -41,7 +85,7 @@ class GraphRunner:
         self._pipeline = pipeline
         self._step_fn = step_fn
         self._streams = streams
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[int, Replayable] = {}
         self._pool = torch.cuda.graph_pool_handle()
         seconds: dict[int, float] = {}
         num_bytes: dict[int, int] = {}
@@ -57,26 +101,12 @@ class GraphRunner:
             num_bytes[bucket] = max(0, free_before - torch.cuda.mem_get_info(streams.device)[0])
         self.report = CaptureReport(seconds, num_bytes)
 
-    def _capture(self, bucket: int) -> torch.cuda.CUDAGraph:
+    def _capture(self, bucket: int) -> Replayable:
         inputs = self._pipeline.static_inputs[bucket]
         outputs = self._pipeline.static_outputs[bucket]
-        graph = torch.cuda.CUDAGraph()
         with self._streams.on(COMPUTE):
             self._pipeline.fill_with_padding(bucket)
-            # Warm-up outside the capture: kernels compile and libraries allocate at first use.
-            self._step_fn(inputs, outputs)
-            self._streams.synchronize()
-            # capture_begin directly: torch.cuda.graph() also empties the allocator's cache, which
-            # is slow and would give back what the next bucket needs.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                self._step_fn(inputs, outputs)
-            except BaseException:
-                with contextlib.suppress(Exception):  # the step's own error is the one to tell
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        return graph
+        return capture(lambda: self._step_fn(inputs, outputs), self._streams, self._pool)
 
     @property
     def ladder(self) -> BucketLadder:

@@ -210,10 +210,10 @@ def _measure_working_bytes(resolved: Resolved, model: DecoderModel, streams: Str
     torch.cuda.reset_peak_memory_stats(resolved.device)
     runner.run_largest_steps(make_table(resolved), max_context=context_to_try(resolved))
     step_bytes = torch.cuda.max_memory_allocated(resolved.device) - before
-    report = runner.capture_report
+    report, graph_bytes = runner.capture_report, runner.prefill_graph_bytes
     runner.close()
     if report is None:
         return step_bytes
     num_others = len(resolved.ladder.sizes) - 1
-    graph_bytes = report.bytes[ladder.max_rows] + num_others * report.bytes[ladder.sizes[0]]
+    graph_bytes += report.bytes[ladder.max_rows] + num_others * report.bytes[ladder.sizes[0]]
     return step_bytes + math.ceil(_GRAPH_MARGIN * graph_bytes)

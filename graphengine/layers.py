@@ -78,32 +78,61 @@ class DecoderLayer(nn.Module):
 
         added: the same of the layer before, None in the first. residual: [N, E], gets `added`,
         attention's output and, in a prefill, the MLP's in place."""
-        kernels, decode = self._kernels, isinstance(metadata, DecodeMetadata)
-        if added is None:
-            normed = kernels.rms_norm(residual, self.input_norm, self._eps)
-        else:
-            normed = kernels.add_rms_norm(added, residual, self.input_norm, self._eps)
-        qkv = kernels.linear(normed, self.qkv_proj, self.qkv_bias, decode=decode)
-        q, k, v = kernels.rope_and_cache(
-            qkv,
+        decode = isinstance(metadata, DecodeMetadata)
+        q, k, v = self.begin(
+            added,
+            residual,
             positions,
             cos_sin,
             k_cache,
             v_cache,
             metadata.slot_mapping,
+            decode=decode,
+        )
+        if isinstance(metadata, DecodeMetadata):
+            attended = self.decode_attention(q, k_cache, v_cache, metadata)
+        else:
+            attended = self.prefill_attention(q, k, v, k_cache, v_cache, metadata)
+        return self.end(attended.flatten(1), residual, decode=decode)
+
+    def begin(
+        self,
+        added: Tensor | None,
+        residual: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+        *,
+        decode: bool,
+        qkv: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward` up to its attention: q [N, H, D], k and v [N, K, D]. qkv: [N, (H+2K)*D], where
+        they are to lie."""
+        kernels = self._kernels
+        if added is None:
+            normed = kernels.rms_norm(residual, self.input_norm, self._eps)
+        else:
+            normed = kernels.add_rms_norm(added, residual, self.input_norm, self._eps)
+        product = kernels.linear(normed, self.qkv_proj, self.qkv_bias, decode=decode, out=qkv)
+        return kernels.rope_and_cache(
+            product,
+            positions,
+            cos_sin,
+            k_cache,
+            v_cache,
+            slot_mapping,
             num_heads=self._num_heads,
             num_kv_heads=self._num_kv_heads,
             q_weight=self.q_norm,
             k_weight=self.k_norm,
             eps=self._eps,
         )
-        if isinstance(metadata, DecodeMetadata):
-            attended = self.decode_attention(q, k_cache, v_cache, metadata)
-        else:
-            attended = self._attention.prefill(
-                q, k, v, k_cache, v_cache, metadata, window=self.window
-            )
-        attended = attended.flatten(1)
+
+    def end(self, attended: Tensor, residual: Tensor, *, decode: bool) -> Tensor | None:
+        """`forward` from attention's output on, [N, H*D]."""
+        kernels = self._kernels
         if decode:
             hidden = kernels.linear(attended, self.o_proj, self.o_bias, decode=True)
             normed = kernels.add_rms_norm(hidden, residual, self.post_norm, self._eps)
@@ -117,6 +146,18 @@ class DecoderLayer(nn.Module):
             return kernels.linear(activated, self.down_proj, self.down_bias, decode=True)
         kernels.add_linear(activated, self.down_proj, self.down_bias, residual)
         return None
+
+    def prefill_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        metadata: PrefillMetadata,
+    ) -> Tensor:
+        """See AttentionBackend.prefill."""
+        return self._attention.prefill(q, k, v, k_cache, v_cache, metadata, window=self.window)
 
     def decode_attention(
         self, q: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: DecodeMetadata

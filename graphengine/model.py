@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,50 @@ from graphengine.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from graphengine.kernels.decode_chain import DecodeChain
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillBuffers:
+    """What the pieces of a prefill of N tokens read and write in place, beside the KV cache.
+
+    inputs: int64 [N] each: input_ids, positions, slot_mapping. residual and hidden: [N, E]. qkv:
+    [N, (H+2K)*D]. attended: [N, H*D], finite from the start."""
+
+    inputs: dict[str, Tensor]
+    residual: Tensor
+    qkv: Tensor
+    attended: Tensor
+    hidden: Tensor
+
+    @classmethod
+    def empty(cls, model: DecoderModel, num_tokens: int) -> PrefillBuffers:
+        """For prefills of up to num_tokens: see `head`."""
+        config, weight = model.config, model.embed_tokens
+
+        def zeros(width: int) -> Tensor:
+            return torch.zeros(num_tokens, width, dtype=weight.dtype, device=weight.device)
+
+        heads = config.num_heads + 2 * config.num_kv_heads
+        return cls(
+            {
+                name: torch.zeros(num_tokens, dtype=torch.int64, device=weight.device)
+                for name in ("input_ids", "positions", "slot_mapping")
+            },
+            residual=zeros(config.hidden_size),
+            qkv=zeros(heads * config.head_dim),
+            attended=zeros(config.num_heads * config.head_dim),
+            hidden=zeros(config.hidden_size),
+        )
+
+    def head(self, num_tokens: int) -> PrefillBuffers:
+        """The same memory, of the first num_tokens."""
+        return PrefillBuffers(
+            {name: tensor[:num_tokens] for name, tensor in self.inputs.items()},
+            residual=self.residual[:num_tokens],
+            qkv=self.qkv[:num_tokens],
+            attended=self.attended[:num_tokens],
+            hidden=self.hidden[:num_tokens],
+        )
 
 
 class DecoderModel(nn.Module):
@@ -114,6 +159,49 @@ class DecoderModel(nn.Module):
         if added is None:
             return self._kernels.rms_norm(residual, self.norm, self.config.rms_norm_eps)
         return self._kernels.add_rms_norm(added, residual, self.norm, self.config.rms_norm_eps)
+
+    def prefill_piece(self, index: int, buffers: PrefillBuffers, kv: KVCache) -> None:
+        """What `forward` does of a prefill between the attentions of layer index - 1 and `index`,
+        from the first tokens or to the last norm at the ends. All of it depends on the number of
+        tokens alone, and can be captured."""
+        layers: list[DecoderLayer] = list(self.layers)  # type: ignore[arg-type]
+        residual, inputs = buffers.residual, buffers.inputs
+        if index == 0:
+            torch.index_select(self.embed_tokens, 0, inputs["input_ids"], out=residual)
+        else:
+            layers[index - 1].end(buffers.attended, residual, decode=False)
+        if index == len(layers):
+            eps = self.config.rms_norm_eps
+            buffers.hidden.copy_(self._kernels.rms_norm(residual, self.norm, eps))
+            return
+        layers[index].begin(
+            None,
+            residual,
+            inputs["positions"],
+            self._cos_sin,
+            kv.k[index],
+            kv.v[index],
+            inputs["slot_mapping"],
+            decode=False,
+            qkv=buffers.qkv,
+        )
+
+    def prefill_attention(
+        self,
+        index: int,
+        buffers: PrefillBuffers,
+        num_tokens: int,
+        kv: KVCache,
+        metadata: PrefillMetadata,
+    ) -> None:
+        """The attention of layer `index`, of the first num_tokens, between two pieces."""
+        config = self.config
+        layer: DecoderLayer = self.layers[index]  # type: ignore[assignment]
+        num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
+        heads = buffers.qkv[:num_tokens].view(num_tokens, -1, config.head_dim)
+        q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
+        attended = layer.prefill_attention(q, k, v, kv.k[index], kv.v[index], metadata)
+        buffers.attended[:num_tokens].copy_(attended.flatten(1))
 
     def _chained(
         self,

@@ -27,6 +27,7 @@ from captures import (
 from graphengine.kernels import Kernels
 from graphengine.kv_cache import KVCache
 from graphengine.model import DecoderModel
+from graphengine.prefill_graphs import PrefillGraphs, pad_tokens, prefill_ladder
 from graphengine.sampler import sample
 from graphengine.scheduler import DecodeBatch, PrefillBatch, Rows
 from graphengine.sequence_table import SequenceTable
@@ -74,7 +75,8 @@ class ModelRunner:
         use_graphs: bool,
         max_num_batched_tokens: int,
     ) -> None:
-        """`table` gives sizes only. With `use_graphs` every bucket is captured here."""
+        """`table` gives sizes only. With `use_graphs` every bucket of decode steps is captured
+        here, and what PrefillGraphs has at once."""
         self._model = model
         self._kv = kv
         self._kernels = kernels
@@ -103,7 +105,13 @@ class ModelRunner:
             torch.cuda.synchronize(device)
         self._runner: StepRunner
         self.capture_report: CaptureReport | None = None
+        self._prefill_graphs: PrefillGraphs | None = None
+        self.prefill_graph_bytes = 0  # of all there may be
         if use_graphs:
+            prefills = prefill_ladder(model.config, max_tokens)
+            if prefills is not None:
+                self._prefill_graphs = PrefillGraphs(model, kv, streams, prefills)
+                self.prefill_graph_bytes = self._prefill_graphs.most_bytes
             graph_runner = GraphRunner(pipeline, self.decode_step, streams)
             self.capture_report = graph_runner.report
             self._runner = graph_runner
@@ -134,8 +142,10 @@ class ModelRunner:
         sequences: Mapping[str, torch.Tensor],
         batch: PrefillBatch,
         out: torch.Tensor,
+        graphs: PrefillGraphs | None = None,
     ) -> None:
-        """Runs a ragged prefill; out: int64 [S] gets one token for each sequence."""
+        """Runs a ragged prefill; out: int64 [S] gets one token for each sequence. graphs: run it,
+        its tokens being padded to a bucket of theirs."""
         n = len(batch.rows)
         with torch.inference_mode():
             metadata = prefill_metadata(
@@ -145,7 +155,11 @@ class ModelRunner:
                 block_size=self._kv.block_size,
                 with_key_slots=self._model.attention.reads_key_slots,
             )
-            hidden = self._model(tokens["input_ids"], tokens["positions"], self._kv, metadata)
+            if graphs is None:
+                hidden = self._model(tokens["input_ids"], tokens["positions"], self._kv, metadata)
+            else:
+                num_tokens = int((batch.ends - batch.starts).sum())
+                hidden = graphs.run(dict(tokens), num_tokens, metadata)
             rows = {name: view[:n] for name, view in sequences.items()}
             self._sample(
                 hidden[rows["last_rows"]], rows["last_positions"], rows["seq_indices"], rows, out
@@ -166,9 +180,12 @@ class ModelRunner:
         """Frees graphs, KV cache, weights and buffers. Blocks until nothing runs."""
         self._streams.synchronize()
         self._runner.close()
+        if self._prefill_graphs is not None:
+            self._prefill_graphs.close()
         # The runner holds decode_step, which holds self: without this the memory would stay until
         # the garbage collector finds the ring.
         del self._runner, self._model, self._kv, self._prefill_banks, self._last_token_ids
+        del self._prefill_graphs
 
     def _sample(
         self,
@@ -189,18 +206,28 @@ class ModelRunner:
         self._runner.launch(step)
         return Launched(batch, lambda: cast(TokenIds, self._runner.wait(step)[TOKEN_IDS]))
 
-    def _launch_prefill(self, batch: PrefillBatch, table: SequenceTable) -> Launched:
+    def _launch_prefill(
+        self, batch: PrefillBatch, table: SequenceTable, *, may_replay: bool = True
+    ) -> Launched:
         num_sequences = len(batch.rows)
-        num_tokens = int((batch.ends - batch.starts).sum())
-        layouts = self._prefill_layout.layouts(num_tokens, num_sequences)
+        num_tokens = num_rows = int((batch.ends - batch.starts).sum())
+        graphs = self._prefill_graphs if may_replay else None
+        if graphs is not None:
+            bucket = graphs.bucket_for(num_tokens)
+            if bucket is None:
+                graphs = None
+            else:
+                num_rows = bucket
+        layouts = self._prefill_layout.layouts(num_rows, num_sequences)
         bank = self._prefill_banks.open()
         tokens, sequences = _views(layouts, bank.host_in, Layout.host_views)
         fill_prefill(tokens, sequences, batch, table)
+        pad_tokens(tokens, num_tokens)
         out_bytes = num_sequences * torch.int64.itemsize
 
         def run(part: BankPart) -> None:
             tokens, sequences = _views(layouts, part.device_in, Layout.views)
-            self.prefill(tokens, sequences, batch, part.device_out.view(torch.int64))
+            self.prefill(tokens, sequences, batch, part.device_out.view(torch.int64), graphs)
 
         def wait() -> TokenIds:
             self._prefill_banks.wait(bank)
@@ -236,7 +263,9 @@ class ModelRunner:
     def _run_null_prefill(self, table: SequenceTable, starts: Rows, ends: Rows) -> None:
         null = np.full(len(ends), table.null_idx)
         samples = np.zeros(len(ends), np.bool_)
-        self._launch_prefill(PrefillBatch(null, null, starts, ends, samples), table).wait()
+        batch = PrefillBatch(null, null, starts, ends, samples)
+        # A graph has memory of its own, but not every prefill of its size will find it captured.
+        self._launch_prefill(batch, table, may_replay=False).wait()
 
 
 def _views(

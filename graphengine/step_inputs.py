@@ -126,7 +126,7 @@ class PrefillLayout:
 def fill_prefill(
     tokens: HostArrays, sequences: HostArrays, batch: PrefillBatch, table: SequenceTable
 ) -> None:
-    """Writes all T rows of `tokens` and S of `sequences`, S + 1 of its cu_seqlens, for the S
+    """Writes the first T rows of `tokens` and S of `sequences`, S + 1 of its cu_seqlens, for the S
     sequences of `batch`.
 
     A row that samples nothing yet carries the null seq_idx, so its token is fed back to nobody.
@@ -138,9 +138,11 @@ def fill_prefill(
     positions = np.arange(int(ends[-1])) + offsets
     rows = np.repeat(batch.rows, lengths)
     blocks = table.block_tables[rows, positions // table.block_size].astype(np.int64)
-    tokens["input_ids"][:] = table.token_ids[rows, positions]
-    tokens["positions"][:] = positions
-    tokens["slot_mapping"][:] = blocks * table.block_size + positions % table.block_size
+    num_tokens = len(rows)
+    tokens["input_ids"][:num_tokens] = table.token_ids[rows, positions]
+    tokens["positions"][:num_tokens] = positions
+    slots = blocks * table.block_size + positions % table.block_size
+    tokens["slot_mapping"][:num_tokens] = slots
 
     n = len(batch.rows)
     sequences["seq_indices"][:n] = np.where(batch.samples, batch.rows, table.null_idx)

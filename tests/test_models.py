@@ -20,6 +20,7 @@ from checkpoints import (
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from captures import BucketLadder, CpuStreams
 from graphengine.attention import (
     AttentionBackend,
     DecodeMetadata,
@@ -32,6 +33,7 @@ from graphengine.kv_cache import KVCache
 from graphengine.layers import rope_table
 from graphengine.model import DecoderModel
 from graphengine.model_config import ModelConfig, load_model_config
+from graphengine.prefill_graphs import PrefillGraphs
 from graphengine.weights import load_weights
 
 CPU = torch.device("cpu")
@@ -96,6 +98,7 @@ class Paged:
     """A model with sequences in randomly scattered blocks; feeds them token by token."""
 
     model: DecoderModel
+    graphs: PrefillGraphs | None = None
 
     def __post_init__(self) -> None:
         blocks_each = -(-MAX_MODEL_LEN // BLOCK_SIZE)
@@ -168,8 +171,18 @@ class Paged:
     def run(
         self, tokens: list[int], positions: list[int], metadata: DecodeMetadata | PrefillMetadata
     ) -> Tensor:
-        hidden = self.model(torch.tensor(tokens), torch.tensor(positions), self.kv, metadata)
-        return self.model.logits(hidden)
+        ids, places = torch.tensor(tokens), torch.tensor(positions)
+        if self.graphs is None or isinstance(metadata, DecodeMetadata):
+            return self.model.logits(self.model(ids, places, self.kv, metadata))
+        bucket = self.graphs.bucket_for(len(tokens))
+        assert bucket is not None
+        inputs = {"input_ids": ids, "positions": places, "slot_mapping": metadata.slot_mapping}
+        padded = {
+            name: torch.nn.functional.pad(tensor, (0, bucket - len(tokens)))
+            for name, tensor in inputs.items()
+        }
+        hidden = self.graphs.run(padded, len(tokens), metadata)
+        return self.model.logits(hidden[: len(tokens)])
 
 
 def borders(lengths: list[int]) -> Tensor:
@@ -255,6 +268,20 @@ def test_chunked_prefill_then_decode_matches_transformers(case: Case) -> None:
     for s, logits in zip(first, case.paged.prefill(first), strict=True):
         assert_close(logits, case.expected[s][: cuts[s]])
     for s, logits in zip(second, case.paged.prefill(second), strict=True):
+        assert_close(logits, case.expected[s][cuts.get(s, 0) : LENGTHS[s]])
+    case.decode_and_compare()
+
+
+def test_prefill_in_pieces_matches_transformers(case: Case) -> None:
+    """Padded, in buckets that are used again, of sequences with and without context."""
+    paged = case.paged
+    paged.graphs = PrefillGraphs(paged.model, paged.kv, CpuStreams(), BucketLadder([33, 64]))
+    cuts = {2: 21, 3: 9}
+    first = {s: case.sequences[s][:cut] for s, cut in cuts.items()}
+    second = {s: case.sequences[s][cuts.get(s, 0) : LENGTHS[s]] for s in (3, 0, 2, 1)}
+    for s, logits in zip(first, paged.prefill(first), strict=True):
+        assert_close(logits, case.expected[s][: cuts[s]])
+    for s, logits in zip(second, paged.prefill(second), strict=True):
         assert_close(logits, case.expected[s][cuts.get(s, 0) : LENGTHS[s]])
     case.decode_and_compare()
 

@@ -235,9 +235,9 @@ def test_largest_steps_hold_a_chunk_with_context_and_leave_no_trace() -> None:
         seen: list[tuple[list[int], list[int]]] = []
         launch = runner._launch_prefill
 
-        def watched(batch: PrefillBatch, table: SequenceTable) -> Launched:
+        def watched(batch: PrefillBatch, table: SequenceTable, **options: bool) -> Launched:
             seen.append((batch.starts.tolist(), batch.ends.tolist()))
-            return launch(batch, table)
+            return launch(batch, table, **options)
 
         runner._launch_prefill = watched  # type: ignore[method-assign]
         runner.run_largest_steps(llm._table, max_context=20)

@@ -52,6 +52,7 @@ class Kernels(Protocol):
         *,
         whole: bool = False,
         decode: bool = False,
+        out: Tensor | None = None,
     ) -> Tensor: ...
 
     def add_linear(

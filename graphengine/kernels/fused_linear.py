@@ -43,9 +43,19 @@ _SILU_BLOCK = 1024
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool = False, decode: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    whole: bool = False,
+    decode: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`reference.linear`. What comes as [S, N, F] is of a kernel of ours."""
+    if out is not None:
+        if bias is None:
+            return torch.mm(x, weight.t(), out=out)
+        return torch.addmm(bias, x, weight.t(), out=out)
     if decode and not whole and _may_be_wide(x):
         wide = wide_tiles(x.shape[0], *weight.shape, silu=False)
         if wide is not None:

@@ -85,14 +85,22 @@ def rope_and_cache(
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool = False, decode: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    whole: bool = False,
+    decode: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x [N, C] times weight [F, C] transposed, plus bias [F]: [N, F] of x's dtype; or, unless
     `whole`, its partial sums over parts of C, float32 [S, N, F], or [1, N, F] of x's dtype.
 
     decode: of a decode step, mostly replayed from a graph: more rows than else may run in kernels
-    that take the host long to launch. How sums round may differ."""
-    return torch.nn.functional.linear(x, weight, bias)
+    that take the host long to launch. How sums round may differ. out: gets the result, [N, F] of
+    x's dtype, and is what is returned."""
+    product = torch.nn.functional.linear(x, weight, bias)
+    return product if out is None else out.copy_(product)
 
 
 def add_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
