@@ -15,6 +15,7 @@ from graphengine.errors import CapacityError
 from graphengine.hub import resolve_model
 from graphengine.metrics import Laps
 from graphengine.model_config import load_model_config
+from graphengine.prefill_graphs import prefill_ladder
 from graphengine.resolve import Resolved, as_on_cuda, resolve
 
 # What a CUDA context and the libraries' workspaces are taken to need.
@@ -128,7 +129,15 @@ def _working_bytes(resolved: Resolved) -> int:
 
 
 def _graph_bytes(resolved: Resolved) -> int:
-    """The shared pool, which holds the largest bucket's logits, and each bucket's nodes."""
-    model, ladder = resolved.model_config, resolved.ladder
-    pool = resolved.dtype.itemsize * ladder.max_rows * (model.vocab_size + 4 * model.hidden_size)
-    return pool + len(ladder.sizes) * model.num_layers * _GRAPH_BYTES_PER_LAYER
+    """The shared pool, which holds the largest bucket's logits, and each bucket's nodes; the same
+    of prefills, whose pool holds a layer's activations beside what lies between its pieces."""
+    model, ladder, itemsize = resolved.model_config, resolved.ladder, resolved.dtype.itemsize
+    num_buckets = len(ladder.sizes)
+    pool = itemsize * ladder.max_rows * (model.vocab_size + 4 * model.hidden_size)
+    prefills = prefill_ladder(model, resolved.config.max_num_batched_tokens)
+    if prefills is not None:
+        num_buckets += len(prefills.sizes)
+        heads = 2 * model.num_heads + 2 * model.num_kv_heads
+        width = 3 * model.hidden_size + heads * model.head_dim + 3 * model.intermediate_size
+        pool += itemsize * prefills.max_rows * width
+    return pool + num_buckets * model.num_layers * _GRAPH_BYTES_PER_LAYER

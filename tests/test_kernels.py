@@ -397,7 +397,8 @@ def test_fused_products_are_their_twins(
         residual = randn(num_rows, num_features, dtype=dtype, seed=3).to(CUDA)
         total = residual.double() + exact
         fused.add_linear(x, weight, bias, residual)
-        check(residual, total, 64 if dtype == torch.float32 else 2)
+        # With a bias what is added is rounded twice.
+        check(residual, total, 64 if dtype == torch.float32 else 4 if has_bias else 2)
         gate, up = exact.chunk(2, dim=-1)
         activated = torch.nn.functional.silu(gate) * up
         check(fused.linear_silu_mul(x, weight, bias), activated, 256 if eps < 1e-6 else 8)
