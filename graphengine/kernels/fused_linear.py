@@ -1,7 +1,8 @@
 # mypy: disable-error-code="untyped-decorator"
 # (Triton is not installed where mypy runs, so its decorator has no type there.)
 """How does a matrix product run on a GPU? Few rows of 16 bits in Triton, and on Hopper those of a
-decode step if the weight is small; all else in cuBLAS.
+decode step if the weight is small; gate and up of many rows there in `gated_linear`; all else in
+cuBLAS.
 
 A decode step reads every weight once and does little with it: a product of few rows is bound by
 memory bandwidth, and what it loses is that a kernel starts and drains while nothing is read. So its

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# Above this many rows arithmetic counts too, and cuBLAS is ahead of all but small weights.
+# Above this many rows arithmetic counts too: Triton is ahead with small weights alone.
 MAX_ROWS = 64
 # Rows of a decode step, and elements of a weight, up to which such a product is ours.
 _MAX_WIDE_ROWS = 256
