@@ -56,6 +56,8 @@ class PrefillGraphs:
         self.ladder = ladder
         self._model, self._kv, self._streams = model, kv, streams
         self._largest = PrefillBuffers.empty(model, ladder.max_rows)
+        if streams.device.type == "cuda":
+            torch.cuda.synchronize(streams.device)  # they were made on another stream
         self._pool = torch.cuda.graph_pool_handle() if streams.device.type == "cuda" else None
         self._pieces: dict[int, list[Replayable]] = {}
         self._uses: Counter[int] = Counter()
@@ -104,10 +106,10 @@ class PrefillGraphs:
 
     def _capture(self, bucket: int) -> list[Replayable]:
         buffers = self._largest.head(bucket)
-        for tensor in buffers.inputs.values():
-            tensor.zero_()  # tokens of the null block: see pad_tokens
-        if self._streams.device.type == "cuda":
-            torch.cuda.synchronize(self._streams.device)
+        # Tokens of the null block: see pad_tokens. A prefill on its way may still read the buffers.
+        with self._streams.on(COMPUTE):
+            for tensor in buffers.inputs.values():
+                tensor.zero_()
 
         def piece(index: int) -> Replayable:
             def step() -> None:
