@@ -41,6 +41,7 @@ from graphengine import LLM, Request, RequestOutput, SamplingParams
 from graphengine.block_manager import BlockManager
 from graphengine.demo.sums import answer, heldout_pairs, prompt
 from graphengine.model_runner import ModelRunner
+from graphengine.prefill_graphs import PrefillGraphs
 
 pytestmark = pytest.mark.gpu
 
@@ -520,6 +521,23 @@ def test_capture_report_names_every_bucket(flash_checkpoint: Path) -> None:
     assert report.total_bytes < 2**30
     with flash_llm(flash_checkpoint, enforce_eager=True) as llm:
         assert llm.capture_report is None
+
+
+def test_capture_of_a_prefill_leaves_one_on_its_way_alone(world: World) -> None:
+    """Its inputs are read by every layer, while the host may capture a bucket for the next one."""
+    with exact_llm(world) as llm:
+        runner: Any = llm._runner
+        streams = runner._streams
+        graphs = PrefillGraphs(runner._model, runner._kv, streams, BucketLadder([8, 16, 24]))
+        positions = graphs._largest.inputs["positions"]
+        with streams.on(COMPUTE):
+            positions.fill_(7)
+            torch.cuda._sleep(LONG_SLEEP)
+            seen = positions.clone()
+        assert [graphs.bucket_for(12) for _ in range(4)] == [None, None, None, 16]
+        streams.synchronize()
+        assert bool((seen == 7).all())
+        graphs.close()
 
 
 def test_failed_capture_names_its_bucket() -> None:
