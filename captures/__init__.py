@@ -5,7 +5,7 @@ from captures.buckets import BatchTooLarge, BucketLadder
 from captures.clock import ClockReading, DeviceSpan, StepClock
 from captures.eager import EagerRunner
 from captures.fields import Arena, Field, Layout
-from captures.graph import CaptureError, CaptureReport, GraphRunner, Replayable, capture
+from captures.graph import Called, CaptureError, CaptureReport, GraphRunner, Replayable, capture
 from captures.runner import HostArrays, Step, StepFn, StepPipeline, StepRunner
 from captures.streams import COMPUTE, CpuStreams, CudaStreams, Streams, make_streams
 
@@ -19,6 +19,7 @@ __all__ = [
     "Banks",
     "BatchTooLarge",
     "BucketLadder",
+    "Called",
     "CaptureError",
     "CaptureReport",
     "ClockReading",

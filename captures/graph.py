@@ -44,7 +44,7 @@ class Replayable(Protocol):
 
 
 class Called:
-    """The CPU's twin of a graph: calls where that replays."""
+    """The twin of a graph: calls where that replays."""
 
     def __init__(self, step: Callable[[], None]) -> None:
         self.replay = step
@@ -66,8 +66,8 @@ def capture(step: Callable[[], None], streams: Streams, pool: Any) -> Replayable
         streams.synchronize()
         # capture_begin directly: torch.cuda.graph() also empties the allocator's cache, which is
         # slow and would give back what the next bucket needs.
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             step()
         except BaseException:
             with contextlib.suppress(Exception):  # the step's own error is the one to tell

@@ -169,6 +169,13 @@ class _CpuEvent:
         return 1e3 * (end.at_s - self.at_s)
 
 
+def check_copy(dst: torch.Tensor, src: torch.Tensor) -> None:
+    """Whether CudaStreams could copy so, which does not look."""
+    assert dst.nbytes == src.nbytes
+    assert dst.is_contiguous()
+    assert src.is_contiguous()
+
+
 class CpuStreams:
     """The CPU twin: everything runs at once, in the order of the calls. With `log`, each call
     appends (stream, verb, name), so a test can check the order that CUDA would have to keep."""
@@ -193,6 +200,7 @@ class CpuStreams:
         self._note(stream, "wait", event.name)
 
     def copy(self, stream: str, dst: torch.Tensor, src: torch.Tensor, what: str) -> None:
+        check_copy(dst, src)
         dst.copy_(src)
         self._note(stream, "copy", what)
 

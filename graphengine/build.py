@@ -201,8 +201,9 @@ def _num_blocks_that_fit(resolved: Resolved, model: DecoderModel, streams: Strea
 
 def _measure_working_bytes(resolved: Resolved, model: DecoderModel, streams: Streams) -> int:
     """Bytes of buffers, of the largest steps at their peak and of all graphs: a trial with a KV
-    cache of the null block alone, which captures the two largest buckets. The largest brings the
-    pool all graphs share, the second what each further one adds."""
+    cache of the null block alone, which captures the two largest buckets of decode steps, and of
+    prefills what PrefillGraphs captures at once. The largest brings the pool all graphs share, the
+    second what each further one adds."""
     ladder = BucketLadder(resolved.ladder.sizes[-2:])
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(resolved.device)
@@ -210,7 +211,7 @@ def _measure_working_bytes(resolved: Resolved, model: DecoderModel, streams: Str
     torch.cuda.reset_peak_memory_stats(resolved.device)
     runner.run_largest_steps(make_table(resolved), max_context=context_to_try(resolved))
     step_bytes = torch.cuda.max_memory_allocated(resolved.device) - before
-    report, graph_bytes = runner.capture_report, runner.prefill_graph_bytes
+    report, graph_bytes = runner.capture_report, runner.max_prefill_graph_bytes
     runner.close()
     if report is None:
         return step_bytes

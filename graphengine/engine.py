@@ -7,6 +7,7 @@ import dataclasses
 import gc
 import math
 import time
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
 from collections.abc import Sequence as SequenceOf
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 # How long an idle engine waits for more requests before it starts with those it has.
 _GATHER_S = 0.01
+# LLMs of this process that are not closed.
+_open: weakref.WeakSet[LLM] = weakref.WeakSet()
 
 
 class LLM:
@@ -95,6 +98,7 @@ class LLM:
         self._is_closed = False
         self._exclusive = contextlib.ExitStack()  # the device, while this LLM streams
         self._start_run()
+        _open.add(self)
 
     # --- what a caller uses
 
@@ -232,6 +236,7 @@ class LLM:
         if self._is_closed:
             return
         self._is_closed = True
+        _open.discard(self)
         if self._trace is not None:
             self._trace.close()
         self._runner.close()
@@ -241,7 +246,9 @@ class LLM:
             import torch
 
             # One cuBLAS workspace a stream, which torch would keep for a stream nobody uses again.
-            torch._C._cuda_clearCublasWorkspaces()
+            # The graphs of another LLM use theirs.
+            if not _open:
+                torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
 
     def __enter__(self) -> LLM:

@@ -25,6 +25,7 @@ from captures import (
     Streams,
 )
 from graphengine.kernels import Kernels
+from graphengine.kernels.tiles import gated_features
 from graphengine.kv_cache import KVCache
 from graphengine.model import DecoderModel
 from graphengine.prefill_graphs import PrefillGraphs, pad_tokens, prefill_ladder
@@ -76,7 +77,7 @@ class ModelRunner:
         max_num_batched_tokens: int,
     ) -> None:
         """`table` gives sizes only. With `use_graphs` every bucket of decode steps is captured
-        here, and what PrefillGraphs has at once."""
+        here, and what PrefillGraphs captures at once. On the CPU no prefill is padded."""
         self._model = model
         self._kv = kv
         self._kernels = kernels
@@ -106,12 +107,10 @@ class ModelRunner:
         self._runner: StepRunner
         self.capture_report: CaptureReport | None = None
         self._prefill_graphs: PrefillGraphs | None = None
-        self.prefill_graph_bytes = 0  # of all there may be
+        prefills = prefill_ladder(model.config, max_tokens) if device.type == "cuda" else None
+        if prefills is not None:
+            self._prefill_graphs = PrefillGraphs(model, kv, streams, prefills, captures=use_graphs)
         if use_graphs:
-            prefills = prefill_ladder(model.config, max_tokens)
-            if prefills is not None:
-                self._prefill_graphs = PrefillGraphs(model, kv, streams, prefills)
-                self.prefill_graph_bytes = self._prefill_graphs.most_bytes
             graph_runner = GraphRunner(pipeline, self.decode_step, streams)
             self.capture_report = graph_runner.report
             self._runner = graph_runner
@@ -119,8 +118,8 @@ class ModelRunner:
             self._runner = EagerRunner(pipeline, self.decode_step)
 
     def launch(self, batch: PrefillBatch | DecodeBatch, table: SequenceTable) -> Launched:
-        """Fills a bank from `table`, enqueues the step and returns. Blocks only if the bank's last
-        copy-in is still under way."""
+        """Fills a bank from `table`, enqueues the step and returns. Blocks if the bank's last
+        copy-in is still under way, and where a prefill's pieces are captured first."""
         if isinstance(batch, DecodeBatch):
             return self._launch_decode(batch, table)
         return self._launch_prefill(batch, table)
@@ -142,10 +141,11 @@ class ModelRunner:
         sequences: Mapping[str, torch.Tensor],
         batch: PrefillBatch,
         out: torch.Tensor,
-        graphs: PrefillGraphs | None = None,
+        *,
+        may_replay: bool = True,
     ) -> None:
-        """Runs a ragged prefill; out: int64 [S] gets one token for each sequence. graphs: run it,
-        its tokens being padded to a bucket of theirs."""
+        """Runs a ragged prefill, its tokens padded if it has a bucket; out: int64 [S] gets one
+        token for each sequence. may_replay: else nothing of it is replayed from a graph."""
         n = len(batch.rows)
         with torch.inference_mode():
             metadata = prefill_metadata(
@@ -155,15 +155,21 @@ class ModelRunner:
                 block_size=self._kv.block_size,
                 with_key_slots=self._model.attention.reads_key_slots,
             )
-            if graphs is None:
-                hidden = self._model(tokens["input_ids"], tokens["positions"], self._kv, metadata)
+            num_tokens = _num_tokens(batch)
+            if (padded := self._padded(num_tokens)) is not None:
+                graphs, _ = padded
+                hidden = graphs.run(dict(tokens), num_tokens, metadata, may_replay=may_replay)
             else:
-                num_tokens = int((batch.ends - batch.starts).sum())
-                hidden = graphs.run(dict(tokens), num_tokens, metadata)
+                hidden = self._model(tokens["input_ids"], tokens["positions"], self._kv, metadata)
             rows = {name: view[:n] for name, view in sequences.items()}
             self._sample(
                 hidden[rows["last_rows"]], rows["last_positions"], rows["seq_indices"], rows, out
             )
+
+    @property
+    def max_prefill_graph_bytes(self) -> int:
+        """Device memory that all graphs of prefills take, those not yet captured included."""
+        return self._prefill_graphs.max_bytes if self._prefill_graphs is not None else 0
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Within it steps may be launched, and must have ended: see DecoderModel.exclusive."""
@@ -200,6 +206,13 @@ class ModelRunner:
         # Padded rows all write the null line, in any order; nobody reads it.
         self._last_token_ids[seq_indices] = out
 
+    def _padded(self, num_tokens: int) -> tuple[PrefillGraphs, int] | None:
+        """What runs a prefill of num_tokens in pieces, and the rows it is padded to, if it is."""
+        graphs = self._prefill_graphs
+        if graphs is None or num_tokens > graphs.ladder.max_rows:
+            return None
+        return graphs, graphs.ladder.pick(num_tokens)
+
     def _launch_decode(self, batch: DecodeBatch, table: SequenceTable) -> Launched:
         step = self._runner.open(len(batch.rows))
         fill_decode(step.inputs, batch, table)
@@ -210,14 +223,12 @@ class ModelRunner:
         self, batch: PrefillBatch, table: SequenceTable, *, may_replay: bool = True
     ) -> Launched:
         num_sequences = len(batch.rows)
-        num_tokens = num_rows = int((batch.ends - batch.starts).sum())
-        graphs = self._prefill_graphs if may_replay else None
-        if graphs is not None:
-            bucket = graphs.bucket_for(num_tokens)
-            if bucket is None:
-                graphs = None
-            else:
-                num_rows = bucket
+        num_tokens = _num_tokens(batch)
+        num_rows = num_tokens
+        if (padded := self._padded(num_tokens)) is not None:
+            graphs, num_rows = padded
+            if may_replay:
+                graphs.prepare(num_rows)
         layouts = self._prefill_layout.layouts(num_rows, num_sequences)
         bank = self._prefill_banks.open()
         tokens, sequences = _views(layouts, bank.host_in, Layout.host_views)
@@ -227,7 +238,8 @@ class ModelRunner:
 
         def run(part: BankPart) -> None:
             tokens, sequences = _views(layouts, part.device_in, Layout.views)
-            self.prefill(tokens, sequences, batch, part.device_out.view(torch.int64), graphs)
+            out = part.device_out.view(torch.int64)
+            self.prefill(tokens, sequences, batch, out, may_replay=may_replay)
 
         def wait() -> TokenIds:
             self._prefill_banks.wait(bank)
@@ -243,16 +255,20 @@ class ModelRunner:
     def run_largest_steps(self, table: SequenceTable, *, max_context: int) -> None:
         """Runs the largest steps there are, on the null block only: what memory they take is what
         any step takes at most. A prefill of many short prompts, one of the last chunk of a prompt
-        of `max_context` tokens, and a decode step of every row. Blocks until done."""
-        num_tokens, num_sequences = self._max_prefill
-        ends = np.full(num_sequences, num_tokens // num_sequences)
-        ends[: num_tokens % num_sequences] += 1
-        self._run_null_prefill(table, np.zeros_like(ends), ends)
+        of `max_context` tokens, the largest whose MLP is cuBLAS's, and a decode step of every row.
+        Blocks until done."""
+        num_tokens, _ = self._max_prefill
+        self._run_null_prefills(table, num_tokens)
         start = max(0, max_context - num_tokens)
         self._run_null_prefill(table, np.array([start]), np.array([max_context]))
+        # cuBLAS leaves more between gate, up and SiLU than our own kernel.
+        while num_tokens > 0 and not self._is_left_to_cublas(num_tokens):
+            num_tokens -= 1
+        if 0 < num_tokens < self._max_prefill[0]:
+            self._run_null_prefills(table, num_tokens)
         # Few tokens run in kernels of their own, which would be compiled in the middle of a run.
         for few in _FEW_TOKENS:
-            if few <= min(num_tokens, max_context):
+            if few <= min(self._max_prefill[0], max_context):
                 self._run_null_prefill(table, np.array([0]), np.array([few]))
         step = self._runner.open(self._runner.ladder.max_rows)
         for name, pad in self._decode_pads.items():
@@ -260,12 +276,29 @@ class ModelRunner:
         self._runner.launch(step)
         self._runner.wait(step)
 
+    def _is_left_to_cublas(self, num_tokens: int) -> bool:
+        config = self._model.config
+        padded = self._padded(num_tokens)
+        rows = padded[1] if padded is not None else num_tokens
+        return gated_features(rows, config.intermediate_size, config.hidden_size) is None
+
+    def _run_null_prefills(self, table: SequenceTable, num_tokens: int) -> None:
+        """Of as many prompts as may be."""
+        ends = np.full(min(self._max_prefill[1], num_tokens), 0)
+        ends += num_tokens // len(ends)
+        ends[: num_tokens % len(ends)] += 1
+        self._run_null_prefill(table, np.zeros_like(ends), ends)
+
     def _run_null_prefill(self, table: SequenceTable, starts: Rows, ends: Rows) -> None:
         null = np.full(len(ends), table.null_idx)
         samples = np.zeros(len(ends), np.bool_)
         batch = PrefillBatch(null, null, starts, ends, samples)
         # A graph has memory of its own, but not every prefill of its size will find it captured.
         self._launch_prefill(batch, table, may_replay=False).wait()
+
+
+def _num_tokens(batch: PrefillBatch) -> int:
+    return int((batch.ends - batch.starts).sum())
 
 
 def _views(

@@ -134,7 +134,9 @@ def _graph_bytes(resolved: Resolved) -> int:
     model, ladder, itemsize = resolved.model_config, resolved.ladder, resolved.dtype.itemsize
     num_buckets = len(ladder.sizes)
     pool = itemsize * ladder.max_rows * (model.vocab_size + 4 * model.hidden_size)
-    prefills = prefill_ladder(model, resolved.config.max_num_batched_tokens)
+    config = resolved.config
+    max_tokens = min(config.max_num_batched_tokens, config.max_num_seqs * resolved.max_model_len)
+    prefills = prefill_ladder(model, max_tokens)
     if prefills is not None:
         num_buckets += len(prefills.sizes)
         heads = 2 * model.num_heads + 2 * model.num_kv_heads

@@ -42,7 +42,7 @@ def without_model(llm: LLM) -> None:
     """Decode steps and prefills of `llm` compute nothing from here on; all else stays. CPU only."""
     runner: Any = llm._runner
     runner._runner._step_fn = lambda inputs, outputs: None
-    runner.prefill = lambda tokens, sequences, batch, out, graphs: None
+    runner.prefill = lambda tokens, sequences, batch, out, **options: None
 
 
 def measure(llm: LLM, lengths: Lengths, *, sample_memory: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from captures import COMPUTE, CpuStreams
+from captures.streams import check_copy
 
 
 class _LateEvent:
@@ -48,6 +49,8 @@ class LateStreams(CpuStreams):
             self._enqueue(stream, lambda: self.catch_up(event))
 
     def copy(self, stream: str, dst: torch.Tensor, src: torch.Tensor, what: str) -> None:
+        check_copy(dst, src)
+
         def run() -> None:
             dst.copy_(src)
 

@@ -14,8 +14,14 @@ if sys.platform != "linux":
 
 from cpu_launcher import CpuGatedLauncher  # after the skip: imports cuda-bindings
 
-from graphengine.kernels import reference
-from graphengine.kernels.gated_linear import gated_linear
+from graphengine.kernels import nvrtc, reference
+from graphengine.kernels.gated_linear import (
+    ARCHITECTURE,
+    HEADER,
+    SOURCE,
+    defines_for,
+    gated_linear,
+)
 from graphengine.kernels.tiles import gated_features
 
 CUDA = torch.device("cuda")
@@ -57,23 +63,30 @@ def assert_close(actual: Tensor, x: Tensor, weight: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "intermediate", "depth", "num_blocks"),
+    ("num_rows", "intermediate", "depth", "features", "num_blocks"),
     [
-        (256, 96, 320, 4),  # a tile each
-        (256, 96, 320, 2),  # two tiles of the same rows
-        (130, 112, 384, 4),  # rows and features that fill no tile
-        (600, 64, 320, 2),  # three tiles of rows, the last not full, in one cluster
-        (600, 64, 320, 4),  # one cluster has two, the other one
+        (256, 96, 320, 96, 4),  # a tile each
+        (256, 96, 320, 96, 2),  # two tiles of the same rows
+        (130, 112, 384, 96, 4),  # rows and features that fill no tile
+        (600, 64, 320, 96, 2),  # three tiles of rows, the last not full, in one cluster
+        (600, 64, 320, 96, 4),  # one cluster has two, the other one
+        (2048, 48, 320, 96, 2),  # as many tiles of rows as run side by side
+        (257, 176, 256, 224, 2),
     ],
 )
 def test_kernel_computes_what_the_reference_does(
-    launcher: MakeLauncher, num_rows: int, intermediate: int, depth: int, num_blocks: int
+    launcher: MakeLauncher,
+    num_rows: int,
+    intermediate: int,
+    depth: int,
+    features: int,
+    num_blocks: int,
 ) -> None:
     x, weight = inputs(num_rows, intermediate, depth)
-    cpu = launcher(96, num_blocks)
+    cpu = launcher(features, num_blocks)
     cpu.writes = [(x, x.clone())]
     x.fill_(torch.nan)  # until the kernel ahead has ended
-    assert_close(gated_linear(x, weight, 96, cpu), cpu.writes[0][1], weight)
+    assert_close(gated_linear(x, weight, features, cpu), cpu.writes[0][1], weight)
 
 
 def test_order_of_threads_does_not_matter(launcher: MakeLauncher) -> None:
@@ -89,6 +102,15 @@ def test_rows_of_a_wider_tensor(launcher: MakeLauncher) -> None:
     wider = torch.full((200, 512), torch.nan, dtype=torch.bfloat16)
     wider[:, :320] = x
     assert_close(gated_linear(wider[:, :320], weight, 96, launcher(96, 2)), x, weight)
+
+
+@pytest.mark.parametrize("features", [128, 160, 192, 224])
+def test_kernel_compiles_without_spills_or_products_in_turn(features: int) -> None:
+    source, header = (path.read_text("utf-8") for path in (SOURCE, HEADER))
+    options = [*nvrtc.options_for(ARCHITECTURE, defines_for(features)), "--ptxas-options=-v"]
+    _, log = nvrtc.compile_source(source, SOURCE.name, options, {HEADER.name: header})
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log
+    assert "serialized" not in log
 
 
 @pytest.mark.parametrize(

@@ -528,13 +528,16 @@ def test_capture_of_a_prefill_leaves_one_on_its_way_alone(world: World) -> None:
     with exact_llm(world) as llm:
         runner: Any = llm._runner
         streams = runner._streams
-        graphs = PrefillGraphs(runner._model, runner._kv, streams, BucketLadder([8, 16, 24]))
+        ladder = BucketLadder([8, 16, 24])
+        graphs = PrefillGraphs(runner._model, runner._kv, streams, ladder, captures=True)
         positions = graphs._largest.inputs["positions"]
         with streams.on(COMPUTE):
             positions.fill_(7)
             torch.cuda._sleep(LONG_SLEEP)
             seen = positions.clone()
-        assert [graphs.bucket_for(12) for _ in range(4)] == [None, None, None, 16]
+        for _ in range(4):
+            graphs.prepare(16)
+        assert 16 in graphs._captured
         streams.synchronize()
         assert bool((seen == 7).all())
         graphs.close()
@@ -661,6 +664,16 @@ def test_closing_gives_the_memory_back(flash_checkpoint: Path) -> None:
     finally:
         gc.enable()
     assert left < 2**20, "something keeps the weights or the cache"
+
+
+def test_engine_outlives_the_end_of_another(flash_checkpoint: Path) -> None:
+    """Its graphs hold cuBLAS's workspaces, which the other's end gives back if they are unused."""
+    some = [request([1, 2, 3 + i], temperature=0.0, max_tokens=20) for i in range(40)]
+    with flash_llm(flash_checkpoint) as llm:
+        before = [output.outputs[0].token_ids for output in llm.generate(some)]
+        with flash_llm(flash_checkpoint) as other:
+            other.generate(some)
+        assert [output.outputs[0].token_ids for output in llm.generate(some)] == before
 
 
 def test_two_engines_after_each_other_get_the_same_memory(flash_checkpoint: Path) -> None:

@@ -1,7 +1,8 @@
 """How far are a whole bfloat16 model's logits from float32's, on a GPU and in real shapes?
 
-Against transformers in float32 with the same weights, by the norm of a row's logits: 2e-2 at most.
-Decode steps of every kind of kernel there is, and prefills as they are and in graphs.
+Against transformers in float32 with the same weights, by the norm of a row's logits: 2e-2 at most,
+or as much as transformers' own model in bfloat16 is off, where that is more. Decode steps of every
+kind of kernel there is, and prefills as they are and in graphs.
 """
 
 from __future__ import annotations
@@ -60,8 +61,7 @@ SHAPES = {
 
 
 def write_plain_checkpoint(path: Path, variant: str, **sizes: object) -> Path:
-    """Weights as transformers starts them, a deviation of 0.02, with which its own model in
-    bfloat16 is 1.7e-2 off for 28 layers of 1,024. Larger ones make a deep model chaotic."""
+    """Weights as transformers starts them, a deviation of 0.02, but for the norms'."""
     torch.manual_seed(0)
     with CUDA:
         model = AutoModelForCausalLM.from_config(hf_config(variant, vocab_size=8192, **sizes))
@@ -98,7 +98,11 @@ def test_bf16_logits_are_near_float32(shape: str, tmp_path: Path) -> None:
     variant, sizes = SHAPES[shape]
     path = write_plain_checkpoint(tmp_path, variant, **sizes)
     tokens = torch.randint(8192, (ROWS, PROMPT + 1), device=CUDA)
-    expected = reference_model(path).to(CUDA)(tokens, logits_to_keep=2).logits
+    theirs = reference_model(path).to(CUDA)
+    expected = theirs(tokens, logits_to_keep=2).logits
+    rounded = theirs.to(torch.bfloat16)(tokens, logits_to_keep=2).logits
+    bound = max(BOUND, *(error(rounded[:, i], expected[:, i]) for i in (0, 1)))
+    del theirs, rounded
     config = load_model_config(path)
     model = DecoderModel(
         config,
@@ -124,8 +128,7 @@ def test_bf16_logits_are_near_float32(shape: str, tmp_path: Path) -> None:
         else:
             inputs = {"input_ids": ids, "positions": positions}
             inputs["slot_mapping"] = metadata.slot_mapping
-            bucket = graphs.bucket_for(len(ids))
-            assert bucket is not None
+            bucket = graphs.ladder.pick(len(ids))
             padded = {
                 name: torch.nn.functional.pad(tensor, (0, bucket - len(ids)))
                 for name, tensor in inputs.items()
@@ -138,7 +141,9 @@ def test_bf16_logits_are_near_float32(shape: str, tmp_path: Path) -> None:
         errors[name] = error(logits, expected[:num_rows, 0])
 
     streams = make_streams(CUDA)
-    graphs = PrefillGraphs(model, kv, streams, BucketLadder([256, ROWS * PROMPT + 100]))
+    graphs = PrefillGraphs(
+        model, kv, streams, BucketLadder([256, ROWS * PROMPT + 100]), captures=True
+    )
     for num_rows in (1, 8, ROWS):
         with streams.on("compute"):
             prefill(num_rows, graphs)
@@ -152,8 +157,8 @@ def test_bf16_logits_are_near_float32(shape: str, tmp_path: Path) -> None:
             context_lens=torch.full((num_rows,), PROMPT + 1, dtype=torch.int32, device=CUDA),
         )
         positions = torch.full((num_rows,), PROMPT, device=CUDA)
-        hidden = model(tokens[:num_rows, PROMPT], positions, kv, metadata)
+        hidden = model(tokens[:num_rows, PROMPT].contiguous(), positions, kv, metadata)
         errors[f"decode of {num_rows}"] = error(model.logits(hidden), expected[:num_rows, 1])
-    print(shape, {name: round(value, 5) for name, value in errors.items()})
-    assert max(errors.values()) < BOUND, errors
+    print(shape, bound, {name: round(value, 5) for name, value in errors.items()})
+    assert max(errors.values()) <= bound, (bound, errors)
     assert min(errors.values()) > 1e-4, "as if nothing had been rounded"

@@ -174,8 +174,7 @@ class Paged:
         ids, places = torch.tensor(tokens), torch.tensor(positions)
         if self.graphs is None or isinstance(metadata, DecodeMetadata):
             return self.model.logits(self.model(ids, places, self.kv, metadata))
-        bucket = self.graphs.bucket_for(len(tokens))
-        assert bucket is not None
+        bucket = self.graphs.ladder.pick(len(tokens))
         inputs = {"input_ids": ids, "positions": places, "slot_mapping": metadata.slot_mapping}
         padded = {
             name: torch.nn.functional.pad(tensor, (0, bucket - len(tokens)))
@@ -275,7 +274,9 @@ def test_chunked_prefill_then_decode_matches_transformers(case: Case) -> None:
 def test_prefill_in_pieces_matches_transformers(case: Case) -> None:
     """Padded, in buckets that are used again, of sequences with and without context."""
     paged = case.paged
-    paged.graphs = PrefillGraphs(paged.model, paged.kv, CpuStreams(), BucketLadder([33, 64]))
+    paged.graphs = PrefillGraphs(
+        paged.model, paged.kv, CpuStreams(), BucketLadder([33, 64]), captures=True
+    )
     cuts = {2: 21, 3: 9}
     first = {s: case.sequences[s][:cut] for s, cut in cuts.items()}
     second = {s: case.sequences[s][cuts.get(s, 0) : LENGTHS[s]] for s in (3, 0, 2, 1)}

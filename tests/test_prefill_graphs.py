@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from tiny import World, make_world, request
 
-from captures import BucketLadder, CpuStreams
-from graphengine import LLM, Request
+from captures import BucketLadder, CaptureError
+from graphengine import LLM, Request, prefill_graphs
 from graphengine.model_config import ModelConfig, RopeConfig
 from graphengine.prefill_graphs import PrefillGraphs, prefill_ladder
 
@@ -50,21 +51,25 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("tiny"))
 
 
+def graphs_of(llm: LLM, ladder: BucketLadder, *, captures: bool = True) -> PrefillGraphs:
+    runner = llm._runner
+    return PrefillGraphs(runner._model, runner._kv, runner._streams, ladder, captures=captures)
+
+
 @contextmanager
-def llm_with_graphs(world: World, **options: Any) -> Iterator[tuple[LLM, list[int | None]]]:
+def llm_with_graphs(world: World, **options: Any) -> Iterator[tuple[LLM, list[int]]]:
     """An engine on the CPU whose prefills run in pieces, and the bucket of each."""
     with world.llm(max_num_seqs=4, max_num_batched_tokens=32, **options) as llm:
         runner = llm._runner
-        graphs = PrefillGraphs(runner._model, runner._kv, runner._streams, LADDER)
-        runner._prefill_graphs = graphs
-        buckets: list[int | None] = []
-        bucket_for = graphs.bucket_for
+        runner._prefill_graphs = graphs = graphs_of(llm, LADDER)
+        buckets: list[int] = []
+        prepare = graphs.prepare
 
-        def noted(num_tokens: int) -> int | None:
-            buckets.append(bucket_for(num_tokens))
-            return buckets[-1]
+        def noted(bucket: int) -> None:
+            buckets.append(bucket)
+            prepare(bucket)
 
-        graphs.bucket_for = noted  # type: ignore[method-assign]
+        graphs.prepare = noted  # type: ignore[method-assign]
         yield llm, buckets
 
 
@@ -101,27 +106,57 @@ def test_prompts_longer_than_a_chunk(world: World) -> None:
     """A chunk's keys lie in the cache when the next one runs."""
     some = [request([3 + i % 40 for i in range(n)], temperature=0.0) for n in (28, 27, 20, 25)]
     with world.llm(max_num_seqs=4, max_num_batched_tokens=10) as llm:
-        runner = llm._runner
-        ladder = BucketLadder([6, 10])
-        graphs = PrefillGraphs(runner._model, runner._kv, runner._streams, ladder)
-        runner._prefill_graphs = graphs
+        llm._runner._prefill_graphs = graphs_of(llm, BucketLadder([6, 10]), captures=False)
         assert world.wrong(some, llm.generate(some)) == []
 
 
 def test_bucket_is_captured_when_it_has_been_wanted_a_few_times(world: World) -> None:
     with world.llm(max_num_seqs=4, max_num_batched_tokens=32) as llm:
-        runner = llm._runner
-        graphs = PrefillGraphs(runner._model, runner._kv, CpuStreams(), LADDER)
-        assert [graphs.bucket_for(n) for n in (1, 8, 25, 32)] == [8, 8, 32, 32]
-        assert [graphs.bucket_for(n) for n in (9, 12, 17, 16, 10, 9)] == [
-            None,
-            None,
-            None,
-            None,
-            16,
-            16,
-        ]
-        assert graphs.bucket_for(33) is None
+        graphs = graphs_of(llm, LADDER)
+        # The largest that our own kernel leaves to cuBLAS is the largest here.
+        assert list(graphs._captured) == [32, 8]
+        for bucket in (8, 16, 24, 16, 32, 16):
+            graphs.prepare(bucket)
+        assert list(graphs._captured) == [32, 8]
+        graphs.prepare(16)
+        assert list(graphs._captured) == [32, 8, 16]
+        without = graphs_of(llm, LADDER, captures=False)
+        for _ in range(9):
+            without.prepare(16)
+        assert not without._captured
+
+
+def test_bucket_that_memory_runs_out_for_is_called(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    some = requests(world, 40)
+
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("none")
+
+    with llm_with_graphs(world) as (llm, buckets):
+        monkeypatch.setattr(prefill_graphs, "capture", no_memory)
+        assert world.wrong(some, llm.generate(some)) == []
+        assert buckets.count(24) > 4
+        graphs = llm._runner._prefill_graphs
+        assert graphs is not None
+        assert list(graphs._captured) == [32, 8]
+    assert caplog.text.count("no memory is left to capture prefills of 24 tokens") == 1
+
+
+def test_another_error_of_a_capture_names_its_bucket(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("bad kernel")
+
+    with world.llm(max_num_seqs=4, max_num_batched_tokens=32) as llm:
+        graphs = graphs_of(llm, LADDER)
+        monkeypatch.setattr(prefill_graphs, "capture", broken)
+        for _ in range(3):
+            graphs.prepare(24)
+        with pytest.raises(CaptureError, match="24 tokens' prefill failed: bad kernel"):
+            graphs.prepare(24)
 
 
 def test_small_models_prefills_are_captured_to_where_arithmetic_takes_longer() -> None:

@@ -31,8 +31,9 @@ class DecodeMetadata:
 class PrefillMetadata:
     """Where S sequences, N tokens in one ragged row, find their context.
 
-    slot_mapping: int64 [N]. cu_seqlens_q: int32 [S+1], borders of the sequences in the N tokens.
-    cu_seqlens_k: int32 [S+1], the same with each sequence's earlier chunks included.
+    slot_mapping: int64 [N], or of more tokens, padded. cu_seqlens_q: int32 [S+1], borders of the
+    sequences in the N tokens. cu_seqlens_k: int32 [S+1], the same with each sequence's earlier
+    chunks included.
     block_tables: int32 [S, W]. max_seqlen_q, max_seqlen_k: the longest of each.
     has_context: some sequence has keys in the cache from an earlier chunk.
     key_slots: with context, for a backend that reads_key_slots, int64 [T]: the slot of each

@@ -1,5 +1,5 @@
 """Which kernels run on which device? Triton on CUDA, their plain torch twins on the CPU; and on
-Hopper, for few rows, a chain in CUDA C++.
+Hopper some in CUDA C++.
 
 Letters: N tokens, B decode rows, E hidden, H query heads, K kv heads, D head dim, I intermediate,
 V vocab, M stop ids a row, P table positions. All functions have static shapes, never sync with the

@@ -231,7 +231,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(NUM
 
         const Tile stored = tile;
         index += num_clusters;
-        tile = Tile(p, index, rank);
+        if (index < num_tiles) tile = Tile(p, index, rank);
 #pragma unroll 1
         for (int i = 0; i < STAGES; i++, done.advance()) {
             multiplier.release(done);
@@ -242,6 +242,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(NUM
 #pragma unroll
         for (int m = 0; m < M_TILES; m++) store(p, s, stored, sums[m], first + m * 64);
     }
-    // None may leave while the other loads for it or tells it what is empty.
-    meet_cluster();
+    // None may leave before the other has told it what is empty: of the last units, a ring ago.
+    if (is_loader)
+        for (int i = 0; i < STAGES; i++, done.advance())
+            barrier_wait(s.empty + done.stage * 8, done.parity ^ 1);
 }

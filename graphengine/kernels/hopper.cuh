@@ -177,61 +177,26 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 #define OPERANDS(a) SUMS_2(a)
 #define INPUTS "%16, %17"
 #define SHAPE "m64n32k16"
-#elif NR == 48
-#define ACCUMULATORS "{" TEXT_3 "}"
-#define OPERANDS(a) SUMS_3(a)
-#define INPUTS "%24, %25"
-#define SHAPE "m64n48k16"
-#elif NR == 64
-#define ACCUMULATORS "{" TEXT_4 "}"
-#define OPERANDS(a) SUMS_4(a)
-#define INPUTS "%32, %33"
-#define SHAPE "m64n64k16"
-#elif NR == 80
-#define ACCUMULATORS "{" TEXT_5 "}"
-#define OPERANDS(a) SUMS_5(a)
-#define INPUTS "%40, %41"
-#define SHAPE "m64n80k16"
 #elif NR == 96
 #define ACCUMULATORS "{" TEXT_6 "}"
 #define OPERANDS(a) SUMS_6(a)
 #define INPUTS "%48, %49"
 #define SHAPE "m64n96k16"
-#elif NR == 112
-#define ACCUMULATORS "{" TEXT_7 "}"
-#define OPERANDS(a) SUMS_7(a)
-#define INPUTS "%56, %57"
-#define SHAPE "m64n112k16"
 #elif NR == 128
 #define ACCUMULATORS "{" TEXT_8 "}"
 #define OPERANDS(a) SUMS_8(a)
 #define INPUTS "%64, %65"
 #define SHAPE "m64n128k16"
-#elif NR == 144
-#define ACCUMULATORS "{" TEXT_9 "}"
-#define OPERANDS(a) SUMS_9(a)
-#define INPUTS "%72, %73"
-#define SHAPE "m64n144k16"
 #elif NR == 160
 #define ACCUMULATORS "{" TEXT_10 "}"
 #define OPERANDS(a) SUMS_10(a)
 #define INPUTS "%80, %81"
 #define SHAPE "m64n160k16"
-#elif NR == 176
-#define ACCUMULATORS "{" TEXT_11 "}"
-#define OPERANDS(a) SUMS_11(a)
-#define INPUTS "%88, %89"
-#define SHAPE "m64n176k16"
 #elif NR == 192
 #define ACCUMULATORS "{" TEXT_12 "}"
 #define OPERANDS(a) SUMS_12(a)
 #define INPUTS "%96, %97"
 #define SHAPE "m64n192k16"
-#elif NR == 208
-#define ACCUMULATORS "{" TEXT_13 "}"
-#define OPERANDS(a) SUMS_13(a)
-#define INPUTS "%104, %105"
-#define SHAPE "m64n208k16"
 #elif NR == 224
 #define ACCUMULATORS "{" TEXT_14 "}"
 #define OPERANDS(a) SUMS_14(a)
@@ -240,7 +205,7 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 #endif
 
 #ifdef NR
-// sums += 64 features by 16 of C, times 16 of C by NR rows.
+// sums += 64 rows of one matrix by 16 of C, times 16 of C by NR rows of the other.
 __device__ __forceinline__ void multiply(float (&sums)[NR / 2], u64 w, u64 x) {
     asm volatile("wgmma.mma_async.sync.aligned." SHAPE ".f32.bf16.bf16 " ACCUMULATORS ", " INPUTS
                  ", 1, 1, 1, 0, 0;"

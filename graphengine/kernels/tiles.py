@@ -1,4 +1,4 @@
-"""Into which pieces is a matrix product of few rows cut? Rules, from the product's shape alone.
+"""Into which pieces is a matrix product cut? Rules, from the product's shape alone.
 
 A product of more than MAX_ROWS rows has one program for each multiprocessor, in one wave: with two
 side by side, as a kernel that starts early finds room for, some would take twice as long. So the

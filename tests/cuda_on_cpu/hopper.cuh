@@ -244,6 +244,7 @@ inline Block& neighbour(int rank) {
 }
 
 inline void meet_warp() { meet(100 + fiber().thread / 32, 32); }
+inline void meet_warpgroup() { meet(200 + fiber().thread / 128, 128); }
 
 // An instruction of a warp: `compute` makes of what the lanes give, [32], what they get, [32], when
 // the last of them is there.
@@ -456,11 +457,11 @@ inline void multiply(float* sums, u64 a, u64 b) {
 }  // namespace emulator
 
 inline void multiply(float (&sums)[NR / 2], u64 w, u64 x) { emulator::multiply(sums, w, x); }
-// These keep the threads of a warp together, as the products themselves do.
-inline void multiply_begin() { emulator::meet_warp(); }
-inline void multiply_commit() { emulator::meet_warp(); }
-inline void multiply_wait_but_last() { emulator::meet_warp(); }
-inline void multiply_wait(float (&)[NR / 2]) { emulator::meet_warp(); }
+// These keep the threads of a warpgroup together, as the products themselves do.
+inline void multiply_begin() { emulator::meet_warpgroup(); }
+inline void multiply_commit() { emulator::meet_warpgroup(); }
+inline void multiply_wait_but_last() { emulator::meet_warpgroup(); }
+inline void multiply_wait(float (&)[NR / 2]) { emulator::meet_warpgroup(); }
 #endif
 
 template <int ID, int COUNT>
