@@ -268,7 +268,7 @@ class ModelRunner:
             self._run_null_prefills(table, num_tokens)
         # Few tokens run in kernels of their own, which would be compiled in the middle of a run.
         for few in _FEW_TOKENS:
-            if few <= min(self._max_prefill[0], max_context):
+            if few <= min(self._max_prefill[0], max_context) and self._padded(few) is None:
                 self._run_null_prefill(table, np.array([0]), np.array([few]))
         step = self._runner.open(self._runner.ladder.max_rows)
         for name, pad in self._decode_pads.items():
