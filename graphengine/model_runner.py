@@ -28,7 +28,7 @@ from graphengine.kernels import Kernels
 from graphengine.kernels.tiles import gated_features
 from graphengine.kv_cache import KVCache
 from graphengine.model import DecoderModel
-from graphengine.prefill_graphs import PrefillGraphs, pad_tokens, prefill_ladder
+from graphengine.prefill_graphs import PrefillGraphs, prefill_ladder
 from graphengine.sampler import sample
 from graphengine.scheduler import DecodeBatch, PrefillBatch, Rows
 from graphengine.sequence_table import SequenceTable
@@ -233,7 +233,6 @@ class ModelRunner:
         bank = self._prefill_banks.open()
         tokens, sequences = _views(layouts, bank.host_in, Layout.host_views)
         fill_prefill(tokens, sequences, batch, table)
-        pad_tokens(tokens, num_tokens)
         out_bytes = num_sequences * torch.int64.itemsize
 
         def run(part: BankPart) -> None:

@@ -21,7 +21,6 @@ from captures import (
     BucketLadder,
     Called,
     CaptureError,
-    HostArrays,
     Replayable,
     Streams,
     capture,
@@ -37,7 +36,7 @@ _log = logging.getLogger(__name__)
 # takes for this many multiplications of a token's by a layer's weights.
 _MULTIPLICATIONS_OF_LAUNCHES = 1.4e11
 _MIN_TOKENS = 128
-# Capturing takes as long as this many prefills lose to their launches; who knows how many come.
+# Capturing launches all of it twice, and loses once if it is not wanted again.
 _USES_BEFORE_CAPTURE = 4
 _LEAST_BYTES_OF_A_LAYER = 2**18
 
@@ -150,7 +149,7 @@ class PrefillGraphs:
         self.max_bytes += (len(sizes) - len(first)) * each
 
     def _capture(self, bucket: int) -> list[Replayable]:
-        # Tokens of the null block: see pad_tokens. A prefill on its way may still read the buffers.
+        # As padded tokens, of the null block. A prefill on its way may still read the buffers.
         with self._streams.on(COMPUTE):
             for tensor in self._largest.head(bucket).inputs.values():
                 tensor.zero_()
@@ -167,12 +166,6 @@ class PrefillGraphs:
             return piece
 
         return [step(index) for index in range(len(self._model.layers) + 1)]
-
-
-def pad_tokens(tokens: HostArrays, num_tokens: int) -> None:
-    """Makes the rows from num_tokens on tokens of the null block: what they write is never read."""
-    for name in ("input_ids", "positions", "slot_mapping"):
-        tokens[name][num_tokens:] = 0
 
 
 def _free_bytes(streams: Streams) -> int:

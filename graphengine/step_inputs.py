@@ -22,6 +22,12 @@ from graphengine.sequence_table import SequenceTable
 
 TOKEN_IDS = "token_ids"
 OUTPUT_FIELDS = (Field(TOKEN_IDS, torch.int64),)
+# What a prefill pads its tokens with goes to the null block, as a padded row's of a decode step.
+_PREFILL_TOKENS = (
+    Field("input_ids", torch.int64),
+    Field("positions", torch.int64),
+    Field("slot_mapping", torch.int64, pad=NULL_BLOCK),
+)
 
 
 def _sampling_fields() -> tuple[Field, ...]:
@@ -100,13 +106,7 @@ class PrefillLayout:
     has S + 1 rows, since cu_seqlens need them; nobody reads the last row of the others."""
 
     def __init__(self, table: SequenceTable) -> None:
-        self._tokens = Arena(
-            (
-                Field("input_ids", torch.int64),
-                Field("positions", torch.int64),
-                Field("slot_mapping", torch.int64),
-            )
-        )
+        self._tokens = Arena(_PREFILL_TOKENS)
         self._sequences = Arena(
             (
                 Field("seq_indices", torch.int64, pad=table.null_idx),
@@ -126,8 +126,8 @@ class PrefillLayout:
 def fill_prefill(
     tokens: HostArrays, sequences: HostArrays, batch: PrefillBatch, table: SequenceTable
 ) -> None:
-    """Writes the first T rows of `tokens` and S of `sequences`, S + 1 of its cu_seqlens, for the S
-    sequences of `batch`.
+    """Writes T rows of `tokens`, and pads those that follow, and S of `sequences`, S + 1 of its
+    cu_seqlens, for the S sequences of `batch`.
 
     A row that samples nothing yet carries the null seq_idx, so its token is fed back to nobody.
     """
@@ -143,6 +143,8 @@ def fill_prefill(
     tokens["positions"][:num_tokens] = positions
     slots = blocks * table.block_size + positions % table.block_size
     tokens["slot_mapping"][:num_tokens] = slots
+    for field in _PREFILL_TOKENS:
+        tokens[field.name][num_tokens:] = field.pad
 
     n = len(batch.rows)
     sequences["seq_indices"][:n] = np.where(batch.samples, batch.rows, table.null_idx)
