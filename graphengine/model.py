@@ -34,14 +34,13 @@ if TYPE_CHECKING:
 class PrefillBuffers:
     """What the pieces of a prefill of N tokens read and write in place, beside the KV cache.
 
-    inputs: int64 [N] each: input_ids, positions, slot_mapping. residual and hidden: [N, E]. qkv:
+    inputs: int64 [N] each: input_ids, positions, slot_mapping. residual: [N, E]. qkv:
     [N, (H+2K)*D]. attended: [N, H*D], finite from the start."""
 
     inputs: dict[str, Tensor]
     residual: Tensor
     qkv: Tensor
     attended: Tensor
-    hidden: Tensor
 
     @classmethod
     def empty(cls, model: DecoderModel, num_tokens: int) -> PrefillBuffers:
@@ -60,7 +59,6 @@ class PrefillBuffers:
             residual=zeros(config.hidden_size),
             qkv=zeros(heads * config.head_dim),
             attended=zeros(config.num_heads * config.head_dim),
-            hidden=zeros(config.hidden_size),
         )
 
     def head(self, num_tokens: int) -> PrefillBuffers:
@@ -70,7 +68,6 @@ class PrefillBuffers:
             residual=self.residual[:num_tokens],
             qkv=self.qkv[:num_tokens],
             attended=self.attended[:num_tokens],
-            hidden=self.hidden[:num_tokens],
         )
 
 
@@ -142,7 +139,8 @@ class DecoderModel(nn.Module):
         kv: KVCache,
         metadata: DecodeMetadata | PrefillMetadata,
     ) -> Tensor:
-        """input_ids and positions: int64 [N] -> hidden states after the last norm, [N, E].
+        """input_ids and positions: int64 [N] -> hidden states after the last norm, [N, E]; of a
+        prefill those of each sequence's last token alone, [S, E]: see `finish_prefill`.
 
         Writes the tokens' keys and values to `kv` at metadata.slot_mapping. Positions must be below
         max_model_len. With DecodeMetadata it does not sync on CUDA."""
@@ -153,27 +151,50 @@ class DecoderModel(nn.Module):
             if chain is not None and num_rows <= chain.max_rows:
                 return self._chained(chain, input_ids, positions, kv, metadata)
         residual = F.embedding(input_ids, self.embed_tokens)
+        layers: list[DecoderLayer] = list(self.layers)  # type: ignore[arg-type]
         added: Tensor | None = None
-        for layer, k_cache, v_cache in zip(self.layers, kv.k, kv.v, strict=True):
-            added = layer(added, residual, positions, self._cos_sin, k_cache, v_cache, metadata)
-        if added is None:
-            return self._kernels.rms_norm(residual, self.norm, self.config.rms_norm_eps)
+        for index, layer in enumerate(layers):
+            caches = kv.k[index], kv.v[index]
+            if isinstance(metadata, PrefillMetadata) and layer is layers[-1]:
+                slots = metadata.slot_mapping
+                heads = layer.begin(
+                    None, residual, positions, self._cos_sin, *caches, slots, decode=False
+                )
+                return self.finish_prefill(heads, residual, kv, metadata)
+            added = layer(added, residual, positions, self._cos_sin, *caches, metadata)
+        assert added is not None
         return self._kernels.add_rms_norm(added, residual, self.norm, self.config.rms_norm_eps)
 
+    def finish_prefill(
+        self,
+        heads: tuple[Tensor, Tensor, Tensor],
+        residual: Tensor,
+        kv: KVCache,
+        metadata: PrefillMetadata,
+    ) -> Tensor:
+        """A prefill from the last layer's attention on. Nothing but keys and values is wanted of
+        that layer's tokens except of the last of each sequence: [S, E].
+
+        heads: q, k, v of all N tokens, as DecoderLayer.begin gives them. residual: [N, E]."""
+        layer: DecoderLayer = self.layers[-1]  # type: ignore[assignment]
+        q, k, v = heads
+        rows = metadata.last_rows
+        attended = layer.prefill_attention(
+            q[rows], k, v, kv.k[-1], kv.v[-1], metadata.of_last_tokens()
+        )
+        residual = residual[rows]
+        layer.end(attended.flatten(1), residual, decode=False)
+        return self._kernels.rms_norm(residual, self.norm, self.config.rms_norm_eps)
+
     def prefill_piece(self, index: int, buffers: PrefillBuffers, kv: KVCache) -> None:
-        """What `forward` does of a prefill between the attentions of layer index - 1 and `index`,
-        from the first tokens or to the last norm at the ends. All of it depends on the number of
-        tokens alone, and can be captured."""
+        """What `forward` does of a prefill between the attentions of layer index - 1, or its start,
+        and `index`. All of it depends on the number of tokens alone, and can be captured."""
         layers: list[DecoderLayer] = list(self.layers)  # type: ignore[arg-type]
         residual, inputs = buffers.residual, buffers.inputs
         if index == 0:
             torch.index_select(self.embed_tokens, 0, inputs["input_ids"], out=residual)
         else:
             layers[index - 1].end(buffers.attended, residual, decode=False)
-        if index == len(layers):
-            eps = self.config.rms_norm_eps
-            buffers.hidden.copy_(self._kernels.rms_norm(residual, self.norm, eps))
-            return
         layers[index].begin(
             None,
             residual,
@@ -195,13 +216,20 @@ class DecoderModel(nn.Module):
         metadata: PrefillMetadata,
     ) -> None:
         """The attention of layer `index`, of the first num_tokens, between two pieces."""
-        config = self.config
         layer: DecoderLayer = self.layers[index]  # type: ignore[assignment]
+        q, k, v = self.prefill_heads(buffers, num_tokens)
+        attended = layer.prefill_attention(q, k, v, kv.k[index], kv.v[index], metadata)
+        buffers.attended[:num_tokens].copy_(attended.flatten(1))
+
+    def prefill_heads(
+        self, buffers: PrefillBuffers, num_tokens: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of the first num_tokens, after a piece."""
+        config = self.config
         num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
         heads = buffers.qkv[:num_tokens].view(num_tokens, -1, config.head_dim)
         q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
-        attended = layer.prefill_attention(q, k, v, kv.k[index], kv.v[index], metadata)
-        buffers.attended[:num_tokens].copy_(attended.flatten(1))
+        return q, k, v
 
     def _chained(
         self,

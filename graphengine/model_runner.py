@@ -45,8 +45,6 @@ from graphengine.step_inputs import (
 )
 
 _View = TypeVar("_View")
-# Of the largest prefills for which `kernels.tiles` has a cut each.
-_FEW_TOKENS = (16, 32, 64)
 TokenIds = npt.NDArray[np.int64]
 
 
@@ -162,9 +160,7 @@ class ModelRunner:
             else:
                 hidden = self._model(tokens["input_ids"], tokens["positions"], self._kv, metadata)
             rows = {name: view[:n] for name, view in sequences.items()}
-            self._sample(
-                hidden[rows["last_rows"]], rows["last_positions"], rows["seq_indices"], rows, out
-            )
+            self._sample(hidden, rows["last_positions"], rows["seq_indices"], rows, out)
 
     @property
     def max_prefill_graph_bytes(self) -> int:
@@ -265,10 +261,6 @@ class ModelRunner:
             num_tokens -= 1
         if 0 < num_tokens < self._max_prefill[0]:
             self._run_null_prefills(table, num_tokens)
-        # Few tokens run in kernels of their own, which would be compiled in the middle of a run.
-        for few in _FEW_TOKENS:
-            if few <= min(self._max_prefill[0], max_context) and self._padded(few) is None:
-                self._run_null_prefill(table, np.array([0]), np.array([few]))
         step = self._runner.open(self._runner.ladder.max_rows)
         for name, pad in self._decode_pads.items():
             step.inputs[name][:] = pad

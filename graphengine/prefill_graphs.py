@@ -1,8 +1,9 @@
 """How does a prefill of few tokens run without the host in its way? In graphs, but for attention.
 
 What lies between two attentions depends on the number of tokens alone: it is captured, a graph for
-each, for numbers of tokens in steps; a prefill is padded to the next one. Attention is launched as
-it is, since how many sequences there are, and of which lengths, is every prefill's own.
+each, for numbers of tokens in steps; a prefill is padded to the next one. Attention, and what
+follows the last one, is launched as it is: how many sequences there are, and of which lengths, is
+every prefill's own.
 
 Letters: T tokens of a bucket, L layers.
 """
@@ -111,8 +112,8 @@ class PrefillGraphs:
         *,
         may_replay: bool = True,
     ) -> Tensor:
-        """Hidden states after the last norm, [T, E], of which the first num_tokens mean something;
-        the next call overwrites them. inputs: those of PrefillBuffers.inputs, [T], a bucket's."""
+        """As DecoderModel.forward, [S, E]. inputs: those of PrefillBuffers.inputs, [T], a bucket's,
+        of which the first num_tokens mean something."""
         bucket = len(inputs["input_ids"])
         buffers = self._largest.head(bucket)
         for name, to in buffers.inputs.items():
@@ -123,7 +124,8 @@ class PrefillGraphs:
         for index, piece in enumerate(pieces[1:]):
             self._model.prefill_attention(index, buffers, num_tokens, self._kv, metadata)
             piece.replay()
-        return buffers.hidden
+        heads = self._model.prefill_heads(buffers, num_tokens)
+        return self._model.finish_prefill(heads, buffers.residual, self._kv, metadata)
 
     def close(self) -> None:
         """Frees the graphs. Nothing may be running."""
@@ -165,7 +167,7 @@ class PrefillGraphs:
 
             return piece
 
-        return [step(index) for index in range(len(self._model.layers) + 1)]
+        return [step(index) for index in range(len(self._model.layers))]
 
 
 def _free_bytes(streams: Streams) -> int:

@@ -178,6 +178,7 @@ def prefill_metadata(
         slot_mapping=tokens["slot_mapping"],
         cu_seqlens_q=sequences["cu_seqlens_q"],
         cu_seqlens_k=sequences["cu_seqlens_k"],
+        last_rows=sequences["last_rows"][:n],
         block_tables=block_tables,
         max_seqlen_q=int((batch.ends - batch.starts).max()),
         max_seqlen_k=int(batch.ends.max()),

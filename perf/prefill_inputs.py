@@ -52,6 +52,7 @@ def prefill_metadata_of(lengths: list[int], context: int) -> PrefillMetadata:
         slot_mapping=slots.cuda(),
         cu_seqlens_q=borders(lengths),
         cu_seqlens_k=borders(totals),
+        last_rows=borders(lengths)[1:].long() - 1,
         block_tables=tables.to("cuda", torch.int32),
         max_seqlen_q=max(lengths),
         max_seqlen_k=max(totals),

@@ -347,8 +347,9 @@ def _kv_token_bytes(llm: LLM) -> int:
 
 
 def prefill_flops(llm: LLM, prompts: list[int]) -> float:
-    """Arithmetic of the prefills: two operations for each weight of the layers and token, causal
-    attention, and the head once a prompt."""
+    """Arithmetic that the prefills stand for: two operations for each weight of the layers and
+    token, causal attention, and the head once a prompt. The engine leaves out what nobody reads,
+    the last layer's of all but each prompt's last token: by TFLOP/s it is credited for that."""
     config = llm.model_config
     heads = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
     layers = config.num_parameters - heads

@@ -59,6 +59,7 @@ class Cache:
             slot_mapping=torch.zeros(sum(q_lengths), dtype=torch.int64),  # already written
             cu_seqlens_q=borders(q_lengths).to(self.tables.device),
             cu_seqlens_k=borders(k_lengths).to(self.tables.device),
+            last_rows=last_rows(q_lengths).to(self.tables.device),
             block_tables=self.tables,
             max_seqlen_q=max(q_lengths),
             max_seqlen_k=max(k_lengths),
@@ -77,6 +78,10 @@ class Cache:
 
 def borders(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def last_rows(lengths: list[int]) -> Tensor:
+    return torch.tensor(lengths).cumsum(0) - 1
 
 
 def random_queries(num_rows: int, head_dim: int = HEAD_DIM) -> Tensor:

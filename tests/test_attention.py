@@ -83,6 +83,25 @@ def test_prefill_with_context_reads_the_cache(window: int | None) -> None:
         assert (part - oracle(rows, k, v, window=window)).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("has_context", [False, True])
+def test_last_queries_alone_see_what_they_see_among_all(
+    has_context: bool, window: int | None
+) -> None:
+    lengths = [1, 4, 300, 13]
+    cache = Cache([20, 4, 310, 13] if has_context else lengths)
+    metadata = cache.prefill_metadata(lengths, has_context=has_context)
+    q = random_queries(sum(lengths))
+    last = metadata.of_last_tokens()
+    rows = q[metadata.last_rows]
+    inputs = torch.cat(cache.k), torch.cat(cache.v), cache.k_cache, cache.v_cache
+    out = ReferenceAttention().prefill(rows, *inputs, last, window=window)
+    for row, k, v, seen in zip(rows, cache.k, cache.v, out, strict=True):
+        assert (seen - oracle(row[None], k, v, window=window)[0]).abs().max() < TOLERANCE
+    assert last.max_seqlen_q == 1
+    assert last.last_rows.tolist() == [0, 1, 2, 3]
+
+
 def test_rows_of_a_decode_batch_do_not_influence_each_other() -> None:
     cache = Cache([3, 17, 8])
     q = random_queries(3)
@@ -257,10 +276,11 @@ def test_flash_gives_what_the_reference_gives(head_dim: int, window: int | None)
     for lengths, has_context in ((q_lengths, True), (k_lengths, False)):
         q = random_queries(sum(lengths), head_dim).to(device, torch.bfloat16)
         metadata = cache.prefill_metadata(lengths, has_context=has_context)
-        compare(
-            flash.prefill(q, k, v, *caches, metadata, window=window),
-            reference.prefill(q, k, v, *caches, metadata, window=window),
-        )
+        expected = reference.prefill(q, k, v, *caches, metadata, window=window)
+        compare(flash.prefill(q, k, v, *caches, metadata, window=window), expected)
+        rows = metadata.last_rows
+        last = flash.prefill(q[rows], k, v, *caches, metadata.of_last_tokens(), window=window)
+        compare(last, expected[rows])
 
 
 @pytest.mark.parametrize(

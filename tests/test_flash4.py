@@ -64,6 +64,7 @@ def reference_varlen(
             slot_mapping=torch.empty(0, dtype=torch.int64),
             cu_seqlens_q=borders([rows[s + 1] - rows[s]]),
             cu_seqlens_k=borders([keys[s + 1] - keys[s]]),
+            last_rows=torch.tensor([rows[s + 1] - rows[s] - 1]),
             block_tables=torch.zeros(1, 1, dtype=torch.int32),
             max_seqlen_q=rows[s + 1] - rows[s],
             max_seqlen_k=keys[s + 1] - keys[s],
@@ -205,12 +206,24 @@ def test_without_context_the_cache_is_not_read(flash_calls: list[str]) -> None:
 def test_what_would_be_compiled_for_apart_goes_to_flash(
     flash_calls: list[str], num_sequences: int, expected: list[str]
 ) -> None:
-    cache = Cache([1] * num_sequences)
-    q = random_queries(num_sequences)
+    lengths = [2] * num_sequences
+    cache = Cache(lengths)
+    q = random_queries(sum(lengths))
     k, v = torch.cat(cache.k), torch.cat(cache.v)
-    metadata = cache.prefill_metadata([1] * num_sequences, has_context=False)
+    metadata = cache.prefill_metadata(lengths, has_context=False)
     FlashAttention4(CUDA).prefill(q, k, v, cache.k_cache, cache.v_cache, metadata, window=None)
     assert flash_calls == expected
+
+
+@pytest.mark.parametrize("has_context", [False, True])
+def test_single_queries_stay_with_flash(flash_calls: list[str], has_context: bool) -> None:
+    cache = Cache([5, 9])
+    metadata = cache.prefill_metadata([5, 9], has_context=has_context).of_last_tokens()
+    k, v = torch.cat(cache.k), torch.cat(cache.v)
+    FlashAttention4(CUDA).prefill(
+        random_queries(2), k, v, cache.k_cache, cache.v_cache, metadata, window=None
+    )
+    assert flash_calls == ["varlen"]
 
 
 def test_decoding_stays_with_flash(flash_calls: list[str]) -> None:
@@ -240,6 +253,7 @@ def test_key_slots_are_where_the_block_tables_say() -> None:
                 "block_tables": torch.tensor([*tables, [0] * width], dtype=torch.int32),
                 "cu_seqlens_q": borders([e - s for s, e in zip(starts, ends, strict=True)]),
                 "cu_seqlens_k": borders(ends),
+                "last_rows": torch.zeros(num, dtype=torch.int64),
             },
             batch,
             block_size=block_size,

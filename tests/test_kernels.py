@@ -389,7 +389,7 @@ def test_fused_products_are_their_twins(
         bias = randn(num_features, dtype=dtype, seed=2).to(CUDA) if has_bias else None
         exact = x.double() @ weight.double().T + (bias.double() if bias is not None else 0.0)
         for whole in (False, True):
-            result = fused.linear(x, weight, bias, whole=whole)
+            result = fused.linear(x, weight, bias, whole=whole, decode=True)
             if result.dim() == 3:
                 assert not whole
                 result = result.sum(0)
@@ -401,7 +401,9 @@ def test_fused_products_are_their_twins(
         check(residual, total, 64 if dtype == torch.float32 else 4 if has_bias else 2)
         gate, up = exact.chunk(2, dim=-1)
         activated = torch.nn.functional.silu(gate) * up
-        check(fused.linear_silu_mul(x, weight, bias), activated, 256 if eps < 1e-6 else 8)
+        for decode in (False, True):
+            result = fused.linear_silu_mul(x, weight, bias, decode=decode)
+            check(result, activated, 256 if eps < 1e-6 else 8)
 
 
 @pytest.fixture

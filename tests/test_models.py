@@ -17,6 +17,7 @@ from checkpoints import (
     reference_model,
     write_checkpoint,
 )
+from paged import last_rows
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -117,8 +118,8 @@ class Paged:
         self.tables = torch.tensor(ids, dtype=torch.int32).view(len(LENGTHS), blocks_each)
         self.written = [0] * len(LENGTHS)
 
-    def prefill(self, chunks: dict[int, list[int]]) -> list[Tensor]:
-        """Next tokens of some sequences -> their logits [n, V] each."""
+    def prefill(self, chunks: dict[int, list[int]]) -> Tensor:
+        """Next tokens of some sequences -> logits after the last of each, [S, V]."""
         seqs = list(chunks)
         starts = [self.written[s] for s in seqs]
         lengths = [len(chunk) for chunk in chunks.values()]
@@ -129,6 +130,7 @@ class Paged:
             slot_mapping=self.slots(owners, positions),
             cu_seqlens_q=borders(lengths),
             cu_seqlens_k=borders(totals),
+            last_rows=last_rows(lengths),
             block_tables=self.tables[seqs],
             max_seqlen_q=max(lengths),
             max_seqlen_k=max(totals),
@@ -137,7 +139,7 @@ class Paged:
         for s, total in zip(seqs, totals, strict=True):
             self.written[s] = total
         tokens = [token for chunk in chunks.values() for token in chunk]
-        return list(self.run(tokens, positions, metadata).split(lengths))
+        return self.run(tokens, positions, metadata)
 
     def decode(self, tokens: dict[int, int], *, num_padding: int = 2) -> Tensor:
         """Next token of some sequences -> logits [rows, V]. Padding rows use the null block."""
@@ -180,8 +182,7 @@ class Paged:
             name: torch.nn.functional.pad(tensor, (0, bucket - len(tokens)))
             for name, tensor in inputs.items()
         }
-        hidden = self.graphs.run(padded, len(tokens), metadata)
-        return self.model.logits(hidden[: len(tokens)])
+        return self.model.logits(self.graphs.run(padded, len(tokens), metadata))
 
 
 def borders(lengths: list[int]) -> Tensor:
@@ -239,8 +240,31 @@ def test_logits_are_large_enough_for_the_tolerance_to_mean_something(case: Case)
 def test_ragged_prefill_then_decode_matches_transformers(case: Case) -> None:
     prompts = {s: tokens[: LENGTHS[s]] for s, tokens in enumerate(case.sequences)}
     for s, logits in enumerate(case.paged.prefill(prompts)):
-        assert_close(logits, case.expected[s][: LENGTHS[s]])
+        assert_close(logits, case.expected[s][LENGTHS[s] - 1])
     case.decode_and_compare()
+
+
+def test_last_layer_of_a_prefill_runs_for_last_tokens_alone(case: Case) -> None:
+    """In pieces and without."""
+    paged = case.paged
+    rows: list[int] = []
+    layer = paged.model.layers[-1]
+    end = layer.end
+
+    def noted(attended: Tensor, residual: Tensor, *, decode: bool) -> Tensor | None:
+        rows.append(len(attended))
+        return end(attended, residual, decode=decode)
+
+    prompts = {s: case.sequences[s][: LENGTHS[s]] for s in (1, 2, 3)}
+    graphs = PrefillGraphs(paged.model, paged.kv, CpuStreams(), BucketLadder([64]), captures=False)
+    layer.end = noted
+    try:
+        for paged.graphs in (None, graphs):
+            paged.written = [0] * len(LENGTHS)
+            paged.prefill(prompts)
+    finally:
+        del layer.end
+    assert rows == [3, 3]
 
 
 def test_products_are_told_whether_the_step_is_a_decode_step(case: Case) -> None:
@@ -265,9 +289,9 @@ def test_chunked_prefill_then_decode_matches_transformers(case: Case) -> None:
     first = {s: case.sequences[s][:cut] for s, cut in cuts.items()}
     second = {s: case.sequences[s][cuts.get(s, 0) : LENGTHS[s]] for s in (3, 0, 2, 1)}
     for s, logits in zip(first, case.paged.prefill(first), strict=True):
-        assert_close(logits, case.expected[s][: cuts[s]])
+        assert_close(logits, case.expected[s][cuts[s] - 1])
     for s, logits in zip(second, case.paged.prefill(second), strict=True):
-        assert_close(logits, case.expected[s][cuts.get(s, 0) : LENGTHS[s]])
+        assert_close(logits, case.expected[s][LENGTHS[s] - 1])
     case.decode_and_compare()
 
 
@@ -281,9 +305,9 @@ def test_prefill_in_pieces_matches_transformers(case: Case) -> None:
     first = {s: case.sequences[s][:cut] for s, cut in cuts.items()}
     second = {s: case.sequences[s][cuts.get(s, 0) : LENGTHS[s]] for s in (3, 0, 2, 1)}
     for s, logits in zip(first, paged.prefill(first), strict=True):
-        assert_close(logits, case.expected[s][: cuts[s]])
+        assert_close(logits, case.expected[s][cuts[s] - 1])
     for s, logits in zip(second, paged.prefill(second), strict=True):
-        assert_close(logits, case.expected[s][cuts.get(s, 0) : LENGTHS[s]])
+        assert_close(logits, case.expected[s][LENGTHS[s] - 1])
     case.decode_and_compare()
 
 
@@ -301,7 +325,7 @@ def test_stored_dtype_and_shards_do_not_matter(
     expected = expected_logits(reference_model(path), sequences)
     prompts = {s: tokens[: LENGTHS[s]] for s, tokens in enumerate(sequences)}
     for s, logits in enumerate(paged.prefill(prompts)):
-        assert_close(logits, expected[s][: LENGTHS[s]])
+        assert_close(logits, expected[s][LENGTHS[s] - 1])
 
 
 def test_bfloat16_model_stays_near_float32(tmp_path: Path) -> None:
@@ -309,8 +333,8 @@ def test_bfloat16_model_stays_near_float32(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, "qwen3", dtype=torch.bfloat16)
     sequences = random_prompts()
     prompts = {s: tokens[: LENGTHS[s]] for s, tokens in enumerate(sequences)}
-    exact = torch.cat(Paged(load_model(path)).prefill(prompts))
-    rounded = torch.cat(Paged(load_model(path, dtype=torch.bfloat16)).prefill(prompts))
+    exact = Paged(load_model(path)).prefill(prompts)
+    rounded = Paged(load_model(path, dtype=torch.bfloat16)).prefill(prompts)
     assert rounded.dtype == torch.bfloat16
     assert (rounded - exact).std() < 0.1 * exact.std()
 

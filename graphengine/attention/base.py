@@ -6,7 +6,7 @@ T keys, W blocks per sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -34,6 +34,7 @@ class PrefillMetadata:
     slot_mapping: int64 [N], or of more tokens, padded. cu_seqlens_q: int32 [S+1], borders of the
     sequences in the N tokens. cu_seqlens_k: int32 [S+1], the same with each sequence's earlier
     chunks included.
+    last_rows: int64 [S], each sequence's last of the N tokens.
     block_tables: int32 [S, W]. max_seqlen_q, max_seqlen_k: the longest of each.
     has_context: some sequence has keys in the cache from an earlier chunk.
     key_slots: with context, for a backend that reads_key_slots, int64 [T]: the slot of each
@@ -43,11 +44,20 @@ class PrefillMetadata:
     slot_mapping: Tensor
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
+    last_rows: Tensor
     block_tables: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
     has_context: bool
     key_slots: Tensor | None = None
+
+    def of_last_tokens(self) -> PrefillMetadata:
+        """The same keys, for the last query of each sequence alone: S of them."""
+        borders = torch.arange(
+            len(self.last_rows) + 1, dtype=torch.int32, device=self.last_rows.device
+        )
+        last_rows = borders[:-1].long()
+        return replace(self, cu_seqlens_q=borders, last_rows=last_rows, max_seqlen_q=1)
 
 
 class PlannedDecode(Protocol):
@@ -107,7 +117,8 @@ class AttentionBackend(Protocol):
         *,
         window: int | None,
     ) -> Tensor:
-        """q [N, H, D], k and v [N, K, D] -> [N, H, D]. May sync; never captured."""
+        """q [N, H, D] -> [N, H, D], k and v [T, K, D] where no sequence has context: T is N but
+        for PrefillMetadata.of_last_tokens. May sync; never captured."""
 
     def decode(
         self,

@@ -81,7 +81,8 @@ class FlashAttention4:
     ) -> Tensor:
         """See AttentionBackend. A sequence with NaN or infinite values can spoil its neighbours:
         the kernel multiplies them by zero."""
-        if metadata.cu_seqlens_q.shape[0] - 1 > _MAX_SEQUENCES:
+        # flash-attn 2 splits the keys of a single query, this one does not.
+        if metadata.max_seqlen_q == 1 or metadata.cu_seqlens_q.shape[0] - 1 > _MAX_SEQUENCES:
             return self._flash.prefill(q, k, v, k_cache, v_cache, metadata, window=window)
         if metadata.has_context:
             assert metadata.key_slots is not None

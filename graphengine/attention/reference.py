@@ -55,7 +55,7 @@ class ReferenceAttention:
                 keys = _gather(k_cache, table)[:, :num_keys]
                 values = _gather(v_cache, table)[:, :num_keys]
             else:
-                keys, values = k[None, start:end], v[None, start:end]
+                keys, values = (x[None, k_borders[s] : k_borders[s + 1]] for x in (k, v))
             key_positions = torch.arange(num_keys, device=q.device)
             for first in range(start, end, _QUERY_ROWS):
                 last = min(first + _QUERY_ROWS, end)

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="untyped-decorator"
 # (Triton is not installed where mypy runs, so its decorator has no type there.)
-"""How does a matrix product run on a GPU? Few rows of 16 bits in Triton, and on Hopper those of a
-decode step if the weight is small; gate and up of many rows there in `gated_linear`; all else in
+"""How does a matrix product run on a GPU? A decode step's of few rows of 16 bits in Triton, and on
+Hopper of more if the weight is small; gate and up of many rows there in `gated_linear`; all else in
 cuBLAS.
 
 A decode step reads every weight once and does little with it: a product of few rows is bound by
@@ -61,7 +61,7 @@ def linear(
         wide = wide_tiles(x.shape[0], *weight.shape, silu=False)
         if wide is not None:
             return _launch_wide(x, weight, bias, wide, silu=False)
-    tiles = linear_tiles(x.shape[0], *weight.shape, whole=whole)
+    tiles = linear_tiles(x.shape[0], *weight.shape, whole=whole) if decode or whole else None
     if tiles is None or x.dtype not in _HALF:
         return F.linear(x, weight, bias)
     num_rows, num_features = x.shape[0], weight.shape[0]
@@ -93,7 +93,7 @@ def linear_silu_mul(
         features = gated_features(x.shape[0], weight.shape[0] // 2, weight.shape[1])
         if features is not None:
             return gated_linear(x, weight, features)
-    tiles = silu_tiles(x.shape[0], weight.shape[0] // 2, weight.shape[1])
+    tiles = silu_tiles(x.shape[0], weight.shape[0] // 2, weight.shape[1]) if decode else None
     if tiles is None or x.dtype not in _HALF:
         return _silu_mul(F.linear(x, weight, bias))
     out = torch.empty((x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=x.device)
