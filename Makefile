@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/graphengine generate demo --input graphengine/demo/prompts.txt
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

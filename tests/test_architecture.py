@@ -57,6 +57,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "kernels.launch",
         "kernels.nvrtc",
         "kernels.paged_decode",
+        "kernels.partial_sums",
         "kernels.reference",
         "kernels.tiles",
         "checkpoint",
