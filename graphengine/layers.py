@@ -73,39 +73,31 @@ class DecoderLayer(nn.Module):
         v_cache: Tensor,
         metadata: DecodeMetadata | PrefillMetadata,
     ) -> Tensor | None:
-        """What this layer's MLP adds to the residual stream, partial sums of it, [S, N, E], left
-        for the next norm to add; None where its product has added it, as in a prefill.
+        """What this layer's MLP adds to the residual stream, [N, E] or partial sums of it,
+        [S, N, E], left for the next norm to add; None in a prefill, whose products add themselves.
 
         added: the same of the layer before, None in the first. residual: [N, E], gets `added`,
-        attention's output and, where None is returned, the MLP's in place."""
-        if isinstance(metadata, PrefillMetadata):
-            slots = metadata.slot_mapping
-            q, k, v = self.begin(residual, positions, cos_sin, k_cache, v_cache, slots)
+        attention's output and, in a prefill, the MLP's in place."""
+        decode = isinstance(metadata, DecodeMetadata)
+        q, k, v = self.begin(
+            added,
+            residual,
+            positions,
+            cos_sin,
+            k_cache,
+            v_cache,
+            metadata.slot_mapping,
+            decode=decode,
+        )
+        if isinstance(metadata, DecodeMetadata):
+            attended = self.decode_attention(q, k_cache, v_cache, metadata)
+        else:
             attended = self.prefill_attention(q, k, v, k_cache, v_cache, metadata)
-            return self.end(attended.flatten(1), residual, decode=False)
-        normed = self._normed(added, residual, self.input_norm)
-        product = self._kernels.linear(normed, self.qkv_proj, self.qkv_bias, decode=True)
-        at_once: Tensor | None = None
-        if not self._is_planned(len(residual)):
-            at_once = self._attention.decode_of_product(
-                product,
-                cos_sin,
-                k_cache,
-                v_cache,
-                metadata,
-                q_weight=self.q_norm,
-                k_weight=self.k_norm,
-                eps=self._eps,
-                window=self.window,
-            )
-        if at_once is None:
-            caches = k_cache, v_cache
-            q, _, _ = self._rotate(product, positions, cos_sin, *caches, metadata.slot_mapping)
-            at_once = self.decode_attention(q, *caches, metadata)
-        return self.end(at_once.flatten(1), residual, decode=True)
+        return self.end(attended.flatten(1), residual, decode=decode)
 
     def begin(
         self,
+        added: Tensor | None,
         residual: Tensor,
         positions: Tensor,
         cos_sin: Tensor,
@@ -113,24 +105,18 @@ class DecoderLayer(nn.Module):
         v_cache: Tensor,
         slot_mapping: Tensor,
         *,
+        decode: bool,
         qkv: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`forward` of a prefill up to its attention: q [N, H, D], k and v [N, K, D]. qkv:
-        [N, (H+2K)*D], where they are to lie."""
-        normed = self._normed(None, residual, self.input_norm)
-        product = self._kernels.linear(normed, self.qkv_proj, self.qkv_bias, out=qkv)
-        return self._rotate(product, positions, cos_sin, k_cache, v_cache, slot_mapping)
-
-    def _rotate(
-        self,
-        product: Tensor,
-        positions: Tensor,
-        cos_sin: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        slot_mapping: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self._kernels.rope_and_cache(
+        """`forward` up to its attention: q [N, H, D], k and v [N, K, D]. qkv: [N, (H+2K)*D], where
+        they are to lie."""
+        kernels = self._kernels
+        if added is None:
+            normed = kernels.rms_norm(residual, self.input_norm, self._eps)
+        else:
+            normed = kernels.add_rms_norm(added, residual, self.input_norm, self._eps)
+        product = kernels.linear(normed, self.qkv_proj, self.qkv_bias, decode=decode, out=qkv)
+        return kernels.rope_and_cache(
             product,
             positions,
             cos_sin,
@@ -147,22 +133,19 @@ class DecoderLayer(nn.Module):
     def end(self, attended: Tensor, residual: Tensor, *, decode: bool) -> Tensor | None:
         """`forward` from attention's output on, [N, H*D]."""
         kernels = self._kernels
-        added = kernels.add_linear(attended, self.o_proj, self.o_bias, residual, decode=decode)
-        normed = self._normed(added, residual, self.post_norm)
+        if decode:
+            hidden = kernels.linear(attended, self.o_proj, self.o_bias, decode=True)
+            normed = kernels.add_rms_norm(hidden, residual, self.post_norm, self._eps)
+        else:
+            kernels.add_linear(attended, self.o_proj, self.o_bias, residual)
+            normed = kernels.rms_norm(residual, self.post_norm, self._eps)
         activated = kernels.linear_silu_mul(
             normed, self.gate_up_proj, self.gate_up_bias, decode=decode
         )
-        return kernels.add_linear(
-            activated, self.down_proj, self.down_bias, residual, decode=decode
-        )
-
-    def _normed(self, added: Tensor | None, residual: Tensor, weight: Tensor) -> Tensor:
-        if added is None:
-            return self._kernels.rms_norm(residual, weight, self._eps)
-        return self._kernels.add_rms_norm(added, residual, weight, self._eps)
-
-    def _is_planned(self, num_rows: int) -> bool:
-        return self._planned is not None and num_rows <= self._planned.max_rows
+        if decode:
+            return kernels.linear(activated, self.down_proj, self.down_bias, decode=True)
+        kernels.add_linear(activated, self.down_proj, self.down_bias, residual)
+        return None
 
     def prefill_attention(
         self,
@@ -181,9 +164,9 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """See AttentionBackend.decode. The next layer's call may overwrite the result. Of a step
         that `planned` takes, it has the plan."""
-        if self._is_planned(q.shape[0]):
-            assert self._planned is not None
-            return self._planned.decode(q, k_cache, v_cache)
+        planned = self._planned
+        if planned is not None and q.shape[0] <= planned.max_rows:
+            return planned.decode(q, k_cache, v_cache)
         return self._attention.decode(q, k_cache, v_cache, metadata, window=self.window)
 
 

@@ -157,11 +157,12 @@ class DecoderModel(nn.Module):
             caches = kv.k[index], kv.v[index]
             if isinstance(metadata, PrefillMetadata) and layer is layers[-1]:
                 slots = metadata.slot_mapping
-                heads = layer.begin(residual, positions, self._cos_sin, *caches, slots)
+                heads = layer.begin(
+                    None, residual, positions, self._cos_sin, *caches, slots, decode=False
+                )
                 return self.finish_prefill(heads, residual, kv, metadata)
             added = layer(added, residual, positions, self._cos_sin, *caches, metadata)
-        if added is None:
-            return self._kernels.rms_norm(residual, self.norm, self.config.rms_norm_eps)
+        assert added is not None
         return self._kernels.add_rms_norm(added, residual, self.norm, self.config.rms_norm_eps)
 
     def finish_prefill(
@@ -195,12 +196,14 @@ class DecoderModel(nn.Module):
         else:
             layers[index - 1].end(buffers.attended, residual, decode=False)
         layers[index].begin(
+            None,
             residual,
             inputs["positions"],
             self._cos_sin,
             kv.k[index],
             kv.v[index],
             inputs["slot_mapping"],
+            decode=False,
             qkv=buffers.qkv,
         )
 

@@ -57,7 +57,6 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "kernels.launch",
         "kernels.nvrtc",
         "kernels.paged_decode",
-        "kernels.partial_sums",
         "kernels.reference",
         "kernels.tiles",
         "checkpoint",

@@ -12,8 +12,11 @@ import torch
 from paged import CPU, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, Cache, random_queries
 from torch import Tensor
 
-from graphengine.attention import DecodeMetadata, make_attention
-from graphengine.attention.flash import FlashAttention, decode_splits
+from graphengine.attention import make_attention
+from graphengine.attention.flash import (
+    FlashAttention,
+    decode_splits,
+)
 from graphengine.attention.reference import ReferenceAttention
 from graphengine.errors import BackendError, ConfigError
 
@@ -295,98 +298,6 @@ def test_decoding_goes_where_it_was_faster(
     assert decode_splits(num_rows, **heads, head_dim=96) is None, "no power of 2"
     assert decode_splits(num_rows, **heads, head_dim=8) is None, "too short for tl.dot"
     assert decode_splits(num_rows, **heads, head_dim=256) is None, "not measured"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("window", [None, 1, 100])
-@pytest.mark.parametrize(
-    ("group", "head_dim", "num_parts", "has_norms"),
-    [(1, 128, 0, False), (2, 128, 1, True), (4, 128, 0, False), (4, 64, 2, True), (7, 32, 3, True)],
-)
-def test_decode_of_a_product_gives_what_its_parts_give(
-    group: int,
-    head_dim: int,
-    num_parts: int,
-    has_norms: bool,
-    window: int | None,
-    dtype: torch.dtype,
-) -> None:
-    """Rope and cache, then attention, as the twins do it. Contexts that end beside borders of tiles
-    and blocks; the slot of the newest token, and all that nobody wrote, is NaN."""
-    from graphengine.kernels import reference
-    from graphengine.kernels.paged_decode import rotated_paged_decode
-
-    device, eps = torch.device("cuda"), 1e-5
-    lengths = [1, 2, 127, 128, 129, 130, 256, 257, 258, 700, 1025, 1500]
-    old = [max(1, n - 1) for n in lengths]
-    cache = Cache(old, block_size=256, head_dim=head_dim, dtype=dtype, device=device)
-    cache.k_cache[cache.tables[0, 0]], cache.v_cache[cache.tables[0, 0]] = torch.nan, torch.nan
-    num_kv_heads = cache.k_cache.shape[2]
-    num_heads = group * num_kv_heads
-    generator = torch.Generator().manual_seed(group)
-    width = (num_heads + 2 * num_kv_heads) * head_dim
-    parts = torch.randn(max(1, num_parts), len(lengths), width, generator=generator).to(device)
-    qkv = (parts if num_parts > 1 else parts.to(dtype)) if num_parts else parts[0].to(dtype)
-    weights = 1 + 0.3 * torch.randn(2, head_dim, generator=generator).to(device, dtype)
-    norms = dict(zip(("q_weight", "k_weight"), weights if has_norms else (None, None), strict=True))
-    cos_sin = torch.randn(2000, head_dim, generator=generator).to(device)
-    context_lens = torch.tensor(lengths, dtype=torch.int32, device=device)
-    positions = context_lens.long() - 1
-    rows = torch.arange(len(lengths), device=device)
-    slots = cache.tables[rows, positions // 256].long() * 256 + positions % 256
-    metadata = DecodeMetadata(slots, cache.tables, context_lens)
-    caches = [part.clone() for part in (cache.k_cache, cache.v_cache)]
-    product = qkv.float().sum(0).to(dtype) if qkv.dim() == 3 else qkv.clone()
-    q, _, _ = reference.rope_and_cache(
-        product,
-        positions,
-        cos_sin,
-        *caches,
-        slots,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        eps=eps,
-        **norms,
-    )
-    clean = [part.nan_to_num() for part in caches]
-    expected = ReferenceAttention().decode(q, *clean, metadata, window=window)
-    found = cache.k_cache, cache.v_cache
-    actual = rotated_paged_decode(
-        qkv, cos_sin, *found, cache.tables, context_lens, eps=eps, window=window, **norms
-    )
-    tolerance = {"rtol": 2**-5, "atol": 2**-5}
-    torch.testing.assert_close(actual, expected, **tolerance)
-    for own, twin in zip(found, caches, strict=True):
-        torch.testing.assert_close(own, twin, equal_nan=True, **tolerance)
-
-
-@pytest.mark.parametrize(("num_rows", "is_taken"), [(64, False), (65, True), (256, True)])
-def test_products_of_many_rows_go_to_the_kernel_that_rotates(
-    monkeypatch: pytest.MonkeyPatch, flash_calls: list[Any], num_rows: int, is_taken: bool
-) -> None:
-    taken: list[Any] = []
-    module = ModuleType("graphengine.kernels.paged_decode")
-    module.__dict__["rotated_paged_decode"] = lambda qkv, *_, **__: taken.append(qkv) or qkv
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    cache = Cache([5] * num_rows, head_dim=16)
-    qkv = torch.zeros(num_rows, (NUM_HEADS + 2 * NUM_KV_HEADS) * 16)
-    for product in (qkv, qkv[None]):
-        result = FlashAttention().decode_of_product(
-            product,
-            torch.zeros(8, 16),
-            cache.k_cache,
-            cache.v_cache,
-            cache.decode_metadata(),
-            q_weight=None,
-            k_weight=None,
-            eps=1e-6,
-            window=None,
-        )
-        assert (result is product) == is_taken
-        assert (result is None) != is_taken
-    assert len(taken) == 2 * is_taken
-    assert flash_calls == []
 
 
 @pytest.mark.gpu

@@ -85,9 +85,9 @@ class NotingKernels:
         self.decode.append(decode)
         return reference.linear(*args, **options)
 
-    def add_linear(self, *args: Any, decode: bool = False) -> Tensor | None:
-        self.decode.append(decode)
-        return reference.add_linear(*args, decode=decode)
+    def add_linear(self, *args: Any) -> None:
+        self.decode.append(False)
+        reference.add_linear(*args)
 
     def linear_silu_mul(self, *args: Any, decode: bool = False) -> Tensor:
         self.decode.append(decode)
@@ -417,53 +417,6 @@ def test_steps_without_a_window_go_where_the_backend_says(tmp_path: Path) -> Non
     assert goes_to() == plain
     Planned.max_rows = rows
     assert goes_to() == [f"plan of {rows}", "planned", f"window {WINDOW}", "planned"]
-
-
-@pytest.mark.parametrize("variant", ["llama_bias", "qwen3", "mistral_window"])
-def test_backend_may_take_the_product_of_q_k_and_v(tmp_path: Path, variant: str) -> None:
-    """It gets what rope and the cache got before, and then neither runs beside it."""
-    given: list[int] = []
-
-    class AtOnce(ReferenceAttention):
-        def decode_of_product(  # type: ignore[override]
-            self,
-            qkv: Tensor,
-            cos_sin: Tensor,
-            k_cache: Tensor,
-            v_cache: Tensor,
-            metadata: DecodeMetadata,
-            *,
-            window: int | None,
-            **norms: Any,
-        ) -> Tensor:
-            given.append(len(qkv))
-            head_dim = k_cache.shape[3]
-            positions = metadata.context_lens.long() - 1
-            q, _, _ = reference.rope_and_cache(
-                qkv,
-                positions,
-                cos_sin,
-                k_cache,
-                v_cache,
-                metadata.slot_mapping,
-                num_heads=qkv.shape[1] // head_dim - 2 * k_cache.shape[2],
-                num_kv_heads=k_cache.shape[2],
-                **norms,
-            )
-            return super().decode(q, k_cache, v_cache, metadata, window=window)
-
-        def decode(self, *_: Any, **__: Any) -> Tensor:
-            raise AssertionError("decode, beside decode_of_product")
-
-    path = write_checkpoint(tmp_path, variant)
-    config = load_model_config(path)
-    model = empty_model(config, attention=AtOnce())
-    load_weights(model, path, config)
-    sequences = random_prompts()
-    case = Case(Paged(model), sequences, expected_logits(reference_model(path), sequences))
-    case.paged.prefill({s: tokens[: LENGTHS[s]] for s, tokens in enumerate(sequences)})
-    case.decode_and_compare()
-    assert len(given) == NUM_DECODE_STEPS * config.num_layers
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama_linear", "llama_gqa_llama3", "qwen3"])

@@ -130,22 +130,3 @@ class AttentionBackend(Protocol):
         window: int | None,
     ) -> Tensor:
         """q [B, H, D] -> [B, H, D]. On CUDA never syncs, so that it can be captured."""
-
-    def decode_of_product(
-        self,
-        qkv: Tensor,
-        cos_sin: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        metadata: DecodeMetadata,
-        *,
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        eps: float,
-        window: int | None,
-    ) -> Tensor | None:
-        """`Kernels.rope_and_cache` and `decode` at once, [B, H, D], where that is faster; else
-        None, and nothing was done. The caches do not hold the step's own keys and values yet.
-
-        qkv: [B, F], F = (H + 2K) * D, or partial sums, [S, B, F]; the weights and eps are those of
-        `Kernels.rope_and_cache`, the positions context_lens - 1."""

@@ -7,9 +7,8 @@ kernel ahead has ended.
 Of more rows, and elsewhere: flash-attn gives each program 64 query rows; a decode step has H / K of
 them for a kv head. From 65 rows on `kernels.paged_decode` is ahead, and by most where contexts
 differ in length. With two query heads each so it is for so few rows that flash-attn splits the
-context, which it does by the table's width, not by the context's length. From 65 rows on, too, the
-kernel takes q, k and v as their product left them. Figures, of Hopper without windows alone:
-perf/LOG.md.
+context, which it does by the table's width, not by the context's length. Figures, of Hopper without
+windows alone: perf/LOG.md.
 
 Letters: N tokens, B decode rows, H query heads, K kv heads, D head dim.
 """
@@ -196,41 +195,6 @@ class FlashAttention:
             window_size=_window_size(window),
         )
         return out[:, 0]
-
-    def decode_of_product(
-        self,
-        qkv: Tensor,
-        cos_sin: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        metadata: DecodeMetadata,
-        *,
-        q_weight: Tensor | None,
-        k_weight: Tensor | None,
-        eps: float,
-        window: int | None,
-    ) -> Tensor | None:
-        """See AttentionBackend. Of so many rows that none is split over programs."""
-        num_rows, (num_kv_heads, head_dim) = qkv.shape[-2], k_cache.shape[2:]
-        num_heads = qkv.shape[-1] // head_dim - 2 * num_kv_heads
-        heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
-        if decode_splits(num_rows, **heads, head_dim=head_dim) != 1:
-            return None
-        # Imported here, as below.
-        from graphengine.kernels.paged_decode import rotated_paged_decode
-
-        return rotated_paged_decode(
-            qkv,
-            cos_sin,
-            k_cache,
-            v_cache,
-            metadata.block_tables,
-            metadata.context_lens,
-            q_weight=q_weight,
-            k_weight=k_weight,
-            eps=eps,
-            window=window,
-        )
 
     def _paged_decode(
         self,

@@ -113,10 +113,6 @@ class FlashAttention4:
         """See FlashAttention: flash-attn 4 splits no context on Hopper."""
         return self._flash.decode(q, k_cache, v_cache, metadata, window=window)
 
-    def decode_of_product(self, *inputs: Any, **options: Any) -> Tensor | None:
-        """See FlashAttention."""
-        return self._flash.decode_of_product(*inputs, **options)
-
 
 def _import_varlen() -> Callable[..., tuple[Tensor, Tensor | None]]:
     remedy = (

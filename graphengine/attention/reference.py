@@ -84,9 +84,6 @@ class ReferenceAttention:
         visible = _visible(key_positions, metadata.context_lens[:, None] - 1, window)  # [B, T]
         return _attend(q[:, None], keys, values, visible[:, None])[:, 0]
 
-    def decode_of_product(self, *inputs: Any, **options: Any) -> None:
-        """Nothing is faster, as above."""
-
 
 def _gather(cache: Tensor, tables: Tensor) -> Tensor:
     """cache [num_blocks, block_size, K, D], tables int32 [R, W] -> [R, W * block_size, K, D]."""

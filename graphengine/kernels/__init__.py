@@ -56,14 +56,8 @@ class Kernels(Protocol):
     ) -> Tensor: ...
 
     def add_linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        residual: Tensor,
-        *,
-        decode: bool = False,
-    ) -> Tensor | None: ...
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor
+    ) -> None: ...
 
     def linear_silu_mul(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, *, decode: bool = False

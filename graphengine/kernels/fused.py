@@ -17,7 +17,6 @@ from graphengine.kernels.decode_chain import DecodeChain
 from graphengine.kernels.fused_linear import add_linear, linear, linear_silu_mul
 from graphengine.kernels.fused_sampling import sample
 from graphengine.kernels.launch import early_launch, enter_early
-from graphengine.kernels.partial_sums import load_sum, splits_of
 from graphengine.model_config import ModelConfig
 
 __all__ = [
@@ -61,7 +60,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     out = torch.empty(residual.shape, dtype=residual.dtype, device=x.device)
     num_tokens, hidden_size = residual.shape
     block = triton.next_power_of_2(hidden_size)
-    num_splits, split_stride = splits_of(x)
+    num_splits, split_stride = _splits(x)
     _add_rms_norm_kernel[(num_tokens,)](
         x,
         residual,
@@ -97,7 +96,7 @@ def rope_and_cache(
     """`reference.rope_and_cache`. The caches may be strided in their first two dimensions."""
     num_tokens, head_dim = qkv.shape[-2], cos_sin.shape[1]
     all_heads = num_heads + 2 * num_kv_heads
-    num_splits, split_stride = splits_of(qkv)
+    num_splits, split_stride = _splits(qkv)
     if num_splits == 1:
         out = qkv.view(qkv.shape[-2:]) if qkv.dim() == 3 else qkv
     else:
@@ -150,6 +149,11 @@ def decode_chain(
     return DecodeChain(config, cos_sin=cos_sin, block_size=block_size, device=device)
 
 
+def _splits(x: Tensor) -> tuple[int, int]:
+    """How many partial sums x holds, and how far apart: S of [S, N, F], one of [N, F]."""
+    return (x.shape[0], x.stride(0)) if x.dim() == 3 else (1, 0)
+
+
 def _num_warps(num_elements: int) -> int:
     return min(max(num_elements // _ELEMENTS_PER_WARP, 1), 16)
 
@@ -196,7 +200,7 @@ def _add_rms_norm_kernel(
     residual_ptrs = residual_ptr + row * residual_stride + columns
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     enter_early(EARLY)
-    x = load_sum(x_ptr + row * x_stride + columns, inside, split_stride, SPLITS)
+    x = _load_sum(x_ptr + row * x_stride + columns, inside, split_stride, SPLITS)
     total = x + tl.load(residual_ptrs, mask=inside, other=0.0).to(tl.float32)
     tl.store(residual_ptrs, total, mask=inside)
     normed = total * tl.rsqrt(tl.sum(total * total, axis=0) / size + eps) * weight
@@ -255,8 +259,8 @@ def _rope_and_cache_kernel(
         k_first = tl.load(k_weight_ptr + dims, mask=inside & is_k, other=0.0).to(tl.float32)
         k_second = tl.load(k_weight_ptr + dims + HALF, mask=inside & is_k, other=0.0).to(tl.float32)
     enter_early(EARLY)
-    first = load_sum(qkv_ptrs, present, split_stride, SPLITS)
-    second = load_sum(qkv_ptrs + HALF, present, split_stride, SPLITS)
+    first = _load_sum(qkv_ptrs, present, split_stride, SPLITS)
+    second = _load_sum(qkv_ptrs + HALF, present, split_stride, SPLITS)
 
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     v_ptrs = v_cache_ptr + block * v_block_stride + offset * v_slot_stride
@@ -287,3 +291,14 @@ def _rope_and_cache_kernel(
     k_ptrs += (heads - H) * (2 * HALF) + dims
     tl.store(k_ptrs, rotated_first, mask=inside & is_k)
     tl.store(k_ptrs + HALF, rotated_second, mask=inside & is_k)
+
+
+@triton.jit
+def _load_sum(
+    ptrs: tl.tensor, inside: tl.tensor, split_stride: tl.tensor, SPLITS: tl.constexpr
+) -> tl.tensor:
+    """The sum over SPLITS partial sums, in their order, in float32."""
+    total = tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(ptrs + split * split_stride, mask=inside, other=0.0).to(tl.float32)
+    return total

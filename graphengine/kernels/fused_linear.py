@@ -57,33 +57,13 @@ def linear(
         if bias is None:
             return torch.mm(x, weight.t(), out=out)
         return torch.addmm(bias, x, weight.t(), out=out)
-    ours = _own_linear(x, weight, bias, whole=whole) if decode or whole else None
-    return F.linear(x, weight, bias) if ours is None else ours
-
-
-def add_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *, decode: bool = False
-) -> Tensor | None:
-    """`reference.add_linear`. cuBLAS adds, in float32, as it stores: a norm has half to read. Our
-    kernels leave it to the norm."""
-    ours = _own_linear(x, weight, bias, whole=False) if decode else None
-    if ours is not None:
-        return ours
-    if bias is not None:
-        residual += bias
-    torch.addmm(residual, x, weight.t(), out=residual)
-    return None
-
-
-def _own_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool) -> Tensor | None:
-    """Of a decode step or LM head; None leaves it to cuBLAS."""
-    if not whole and _may_be_wide(x):
+    if decode and not whole and _may_be_wide(x):
         wide = wide_tiles(x.shape[0], *weight.shape, silu=False)
         if wide is not None:
             return _launch_wide(x, weight, bias, wide, silu=False)
-    tiles = linear_tiles(x.shape[0], *weight.shape, whole=whole)
+    tiles = linear_tiles(x.shape[0], *weight.shape, whole=whole) if decode or whole else None
     if tiles is None or x.dtype not in _HALF:
-        return None
+        return F.linear(x, weight, bias)
     num_rows, num_features = x.shape[0], weight.shape[0]
     if tiles.splits == 1:
         out = torch.empty((num_rows, num_features), dtype=x.dtype, device=x.device)
@@ -92,6 +72,13 @@ def _own_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool) 
         out = torch.empty(shape, dtype=torch.float32, device=x.device)
     _launch(x, weight, bias, out, tiles, silu=False)
     return out
+
+
+def add_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
+    """`reference.add_linear`. cuBLAS adds, in float32, as it stores: a norm has half to read."""
+    if bias is not None:
+        residual += bias
+    torch.addmm(residual, x, weight.t(), out=residual)
 
 
 def linear_silu_mul(

@@ -8,12 +8,7 @@ share a kv head: with two of them its arithmetic, not the memory, sets the time.
 equal share of the tiles of its sequence, and the one that ends last adds them up, in their order.
 The online softmax is FlashAttention's (Dao et al., 2022), its splits are Flash-Decoding's (2023).
 
-Without splits a program is alone with its row and kv head: it can begin with what the product of
-q, k and v left, rotate, and write the newest key and value itself. Then they are where its softmax
-begins; it reads none of them from the cache.
-
-Letters: B rows, H query heads, K kv heads, D head dim, G = H / K, S splits, W blocks a sequence,
-P table positions.
+Letters: B rows, H query heads, K kv heads, D head dim, G = H / K, S splits, W blocks a sequence.
 """
 
 from __future__ import annotations
@@ -23,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from graphengine.kernels.launch import early_launch, enter_early, is_hopper
-from graphengine.kernels.partial_sums import load_sum, splits_of
+from graphengine.kernels.launch import early_launch, enter_early
 
 # Positions that a program loads at a time, alone with its row or beside other splits of it: many
 # rows hide a long wait for memory, a few cannot. And how many loads ahead.
@@ -51,9 +45,11 @@ def paged_decode(
     arrivals: int32, zeros, at least B * K if there are splits; zeros again when the launch is done.
     The block size is a multiple of 128, D a power of 2."""
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads = k_cache.shape[2]
+    block_size, num_kv_heads = k_cache.shape[1:3]
     group = num_heads // num_kv_heads
     tile = _TILE if num_splits == 1 else _SPLIT_TILE
+    assert block_size % tile == 0
+    assert head_dim == triton.next_power_of_2(head_dim)
     assert num_splits == 1 or arrivals.numel() >= num_rows * num_kv_heads
     out = torch.empty((num_rows, num_heads, head_dim), dtype=q.dtype, device=q.device)
     shape = (num_rows, num_kv_heads, num_splits, group)
@@ -64,100 +60,24 @@ def paged_decode(
         partial_out = partial_stats = out
     # Not while `rope_and_cache` still runs where there are many rows: no gain (perf/LOG.md).
     early = early_launch(q, num_rows)
-    _launch(
-        q,
-        out,
-        (k_cache, v_cache),
-        (block_tables, context_lens),
-        (arrivals, partial_out, partial_stats),
-        stats_stride=partial_stats.stride(0) if num_splits > 1 else 0,
-        tile=tile,
-        num_splits=num_splits,
-        window=window,
-        options={"PREFETCH": early.get("launch_pdl", False), **early},
-    )
-    return out
-
-
-def rotated_paged_decode(
-    qkv: Tensor,
-    cos_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables: Tensor,
-    context_lens: Tensor,
-    *,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    window: int | None,
-) -> Tensor:
-    """`reference.rope_and_cache`, then `paged_decode` without splits: [B, H, D]. qkv: [B, F] with
-    F = (H + 2K) * D, or partial sums of it, [S, B, F]. cos_sin: float32 [P, D]. A row's newest
-    token is at position context_lens - 1, for which its table has a block."""
-    num_rows, num_features = qkv.shape[-2:]
-    num_kv_heads, head_dim = k_cache.shape[2:]
-    num_heads = num_features // head_dim - 2 * num_kv_heads
-    qkv_splits, split_stride = splits_of(qkv)
-    shape = (num_rows, num_heads, head_dim)
-    out = torch.empty(shape, dtype=k_cache.dtype, device=qkv.device)
-    early = early_launch(qkv, num_rows, follows_ours=qkv.dim() == 3)
-    _launch(
-        qkv,
-        out,
-        (k_cache, v_cache),
-        (block_tables, context_lens),
-        (out, out, out),
-        rotation=(cos_sin, q_weight, k_weight, eps),
-        split_stride=split_stride,
-        qkv_splits=qkv_splits,
-        tile=_TILE,
-        num_splits=1,
-        window=window,
-        options={"PREFETCH": is_hopper(qkv.device), **early},
-    )
-    return out
-
-
-def _launch(
-    q: Tensor,
-    out: Tensor,
-    caches: tuple[Tensor, Tensor],
-    contexts: tuple[Tensor, Tensor],
-    partials: tuple[Tensor, Tensor, Tensor],
-    *,
-    tile: int,
-    num_splits: int,
-    window: int | None,
-    rotation: tuple[Tensor | None, Tensor | None, Tensor | None, float] = (None, None, None, 0.0),
-    split_stride: int = 0,
-    qkv_splits: int = 0,
-    stats_stride: int = 0,
-    options: dict[str, bool],
-) -> None:
-    """The arguments of _paged_decode_kernel; options: its last two, and the launch's."""
-    num_rows, num_heads, head_dim = out.shape
-    k_cache, v_cache = caches
-    block_size, num_kv_heads = k_cache.shape[1:3]
-    group = num_heads // num_kv_heads
-    assert block_size % tile == 0
-    assert head_dim == triton.next_power_of_2(head_dim)
-    *rotation_tensors, eps = rotation
     _paged_decode_kernel[(num_kv_heads, num_splits, num_rows)](
         q,
-        *caches,
+        k_cache,
+        v_cache,
         out,
-        *contexts,
-        *partials,
-        *rotation_tensors,
+        block_tables,
+        context_lens,
+        arrivals,
+        partial_out,
+        partial_stats,
         head_dim**-0.5 * _LOG2_E,
-        eps,
-        q.stride(-2) if qkv_splits else q.stride(0),
-        split_stride,
-        *k_cache.stride()[:2],
-        *v_cache.stride()[:2],
-        contexts[0].stride(0),
-        stats_stride,
+        q.stride(0),
+        k_cache.stride(0),
+        k_cache.stride(1),
+        v_cache.stride(0),
+        v_cache.stride(1),
+        block_tables.stride(0),
+        partial_stats.stride(0) if num_splits > 1 else 0,
         K=num_kv_heads,
         G=group,
         G_PADDED=max(_MIN_DOT, triton.next_power_of_2(group)),
@@ -166,11 +86,12 @@ def _launch(
         TILE=tile,
         SPLITS=num_splits,
         WINDOW=window or 0,
-        QKV_SPLITS=qkv_splits,
         num_warps=4,
         num_stages=_STAGES,
-        **options,
+        PREFETCH=early.get("launch_pdl", False),
+        **early,
     )
+    return out
 
 
 @triton.jit
@@ -184,13 +105,8 @@ def _paged_decode_kernel(
     arrivals_ptr: tl.tensor,
     partial_out_ptr: tl.tensor,
     partial_stats_ptr: tl.tensor,
-    cos_sin_ptr: tl.tensor,
-    q_weight_ptr: tl.tensor,
-    k_weight_ptr: tl.tensor,
     scale: tl.tensor,
-    eps: tl.tensor,
     q_stride: tl.tensor,
-    split_stride: tl.tensor,
     k_block_stride: tl.tensor,
     k_slot_stride: tl.tensor,
     v_block_stride: tl.tensor,
@@ -205,28 +121,22 @@ def _paged_decode_kernel(
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
     WINDOW: tl.constexpr,
-    QKV_SPLITS: tl.constexpr,
     PREFETCH: tl.constexpr,
     EARLY: tl.constexpr,
 ) -> None:
-    """QKV_SPLITS: q_ptr has q, k and v in so many parts, not rotated, and the newest token is not
-    in the cache; 0: it has q alone."""
     head = tl.program_id(0)
     split = tl.program_id(1)
     row = tl.program_id(2)
     # Inputs of the whole step: they were there before its first kernel began.
     length = tl.load(lens_ptr + row)
-    num_cached = length
-    if QKV_SPLITS > 0:
-        num_cached = length - 1
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(length - WINDOW, 0)
     begin_tile = begin // TILE
-    end_tile = tl.cdiv(num_cached, TILE)
+    end_tile = tl.cdiv(length, TILE)
     per_split = tl.cdiv(end_tile - begin_tile, SPLITS)
     first_tile = begin_tile + split * per_split
-    if (SPLITS > 1) & (first_tile >= end_tile):
+    if first_tile >= end_tile:
         return
     last_tile = tl.minimum(first_tile + per_split, end_tile)
 
@@ -244,47 +154,16 @@ def _paged_decode_kernel(
         slots = first_tile * TILE % BLOCK_SIZE + tl.arange(0, TILE)
         _prefetch(k_ptr + block * k_block_stride + slots * k_slot_stride, D * 2)
         _prefetch(v_ptr + block * v_block_stride + slots * v_slot_stride, D * 2)
-    q_ptr += row.to(tl.int64) * q_stride
-    if QKV_SPLITS == 0:
-        enter_early(EARLY)
-        q = tl.load(q_ptr + heads, mask=present, other=0.0)
-        largest = tl.full((G_PADDED,), float("-inf"), tl.float32)
-        mass = tl.zeros((G_PADDED,), tl.float32)
-        sums = tl.zeros((G_PADDED, D), tl.float32)
-    else:
-        dtype = k_ptr.dtype.element_ty
-        newest_block = tl.load(table_ptr + num_cached // BLOCK_SIZE).to(tl.int64)
-        newest_slot = num_cached % BLOCK_SIZE
-        half_dims = dims % (D // 2)
-        cos_ptr = cos_sin_ptr + num_cached.to(tl.int64) * D
-        cos = tl.load(cos_ptr + half_dims)
-        sin = tl.load(cos_ptr + D // 2 + half_dims)
-        sin = tl.where(dims < D // 2, -sin, sin)
-        enter_early(EARLY)
-        q = _rotated(
-            q_ptr + (head * G + group)[:, None] * D, present, cos, sin, q_weight_ptr, eps,
-            split_stride, QKV_SPLITS, D,
-        ).to(dtype)  # fmt: skip
-        # A row of its own, as q's are: [1, D].
-        one = tl.arange(0, 1)[:, None]
-        newest_k = _rotated(
-            q_ptr + (K * G + head + one) * D, one == 0, cos, sin, k_weight_ptr, eps,
-            split_stride, QKV_SPLITS, D,
-        ).to(dtype)  # fmt: skip
-        newest_v_ptrs = q_ptr + (K * G + K + head + one) * D + dims[None, :]
-        newest_v = load_sum(newest_v_ptrs, one == 0, split_stride, QKV_SPLITS).to(dtype)
-        k_out = k_ptr + newest_block * k_block_stride + newest_slot * k_slot_stride
-        v_out = v_ptr + newest_block * v_block_stride + newest_slot * v_slot_stride
-        tl.store(k_out + one * D + dims[None, :], newest_k)
-        tl.store(v_out + one * D + dims[None, :], newest_v)
-        largest = tl.sum(q.to(tl.float32) * newest_k.to(tl.float32), axis=1) * scale
-        mass = tl.full((G_PADDED,), 1.0, tl.float32)
-        sums = tl.zeros((G_PADDED, D), tl.float32) + newest_v.to(tl.float32)
+    enter_early(EARLY)
+    q = tl.load(q_ptr + row.to(tl.int64) * q_stride + heads, mask=present, other=0.0)
+    largest = tl.full((G_PADDED,), float("-inf"), tl.float32)
+    mass = tl.zeros((G_PADDED,), tl.float32)
+    sums = tl.zeros((G_PADDED, D), tl.float32)
     for tile in range(first_tile, last_tile):
         block = tl.load(table_ptr + tile * TILE // BLOCK_SIZE).to(tl.int64)
         slots = tile * TILE % BLOCK_SIZE + tl.arange(0, TILE)
         positions = tile * TILE + tl.arange(0, TILE)
-        inside = positions < num_cached
+        inside = positions < length
         if WINDOW > 0:
             inside = inside & (positions >= begin)
         # What lies past the end was never written and may be NaN: v must not bring it in.
@@ -349,31 +228,6 @@ def _paged_decode_kernel(
                     largest = new_largest
                 tl.store(out_ptrs, sums / mass[:, None], mask=present)
                 tl.store(arrivals_ptr + row * K + head, 0)
-
-
-@triton.jit
-def _rotated(
-    head_ptrs: tl.tensor,
-    present: tl.tensor,
-    cos: tl.tensor,
-    sin: tl.tensor,
-    weight_ptr: tl.tensor,
-    eps: tl.tensor,
-    split_stride: tl.tensor,
-    SPLITS: tl.constexpr,
-    D: tl.constexpr,
-) -> tl.tensor:
-    """Heads at head_ptrs, [n, 1], normed if there is a weight, and rotated: float32 [n, D]. sin:
-    negative in the first half."""
-    dims = tl.arange(0, D)
-    others = (dims + D // 2) % D
-    x = load_sum(head_ptrs + dims[None, :], present, split_stride, SPLITS)
-    other = load_sum(head_ptrs + others[None, :], present, split_stride, SPLITS)
-    if weight_ptr is not None:
-        scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + eps)
-        x = x * scale * tl.load(weight_ptr + dims).to(tl.float32)[None, :]
-        other = other * scale * tl.load(weight_ptr + others).to(tl.float32)[None, :]
-    return x * cos[None, :] + other * sin[None, :]
 
 
 @triton.jit

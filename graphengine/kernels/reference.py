@@ -103,14 +103,10 @@ def linear(
     return product if out is None else out.copy_(product)
 
 
-def add_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *, decode: bool = False
-) -> Tensor | None:
-    """residual [N, F] += x [N, C] times weight [F, C] transposed, plus bias [F], in place; or
-    what is to be added, its partial sums as `linear` gives them: None where it was added. decode:
-    as in `linear`."""
+def add_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> None:
+    """residual [N, F] += x [N, C] times weight [F, C] transposed, plus bias [F], in place. Of a
+    prefill: many rows."""
     residual += torch.nn.functional.linear(x, weight, bias)
-    return None
 
 
 def linear_silu_mul(
