@@ -208,7 +208,7 @@ def test_long_contexts_and_padded_rows_agree_with_float32(on_cpu: Compiled) -> N
     "changes",
     [
         *({"warps": 2}, {"stages": 3}, {"stages": 8}, {"segments": 4}, {"segments": 16}),
-        *({"least_tiles": 1}, {"few_rows": 4}),
+        *({"least_tiles": 1}, {"few_rows": 4}, {"end_tiles": 0}, {"end_tiles": 3}),
     ],
 )
 def test_other_tunings_agree_with_float32(on_cpu: Compiled, changes: dict[str, int]) -> None:

@@ -4,7 +4,9 @@
 // One query a sequence is bound by the reading of keys and values, and what a kernel of its own
 // loses is its start and its drain. Here a fixed number of blocks, as many as a GPU holds at once,
 // take equal, contiguous shares of all tiles of the step: rows, of each its kv heads, of each its
-// tiles of tokens. Where shares begin is found once a step, by plan_shares, for all layers. Keys
+// tiles of tokens. Behind those of a kv head the list has END_TILES places for what its end takes,
+// unless all rows are alike: else the block that has many short rows would be the last by far.
+// Where shares begin is found once a step, by plan_shares, for all layers. Keys
 // and values are copied some strips ahead through a ring of shared memory, across all borders, and
 // the first of them before the kernel ahead has ended: those of tokens that are older than the
 // step. Each warp has its own 16 tokens of a tile and its own ring, so warps meet at the ends of
@@ -22,7 +24,7 @@
 // movmatrix, griddepcontrol; what a lane holds of a matrix is from there.
 //
 // Set when compiled: GRID, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, STAGES, WARPS, BLOCKS_PER_SM,
-// LEAST_TILES (of a segment that is not a row's last), MAX_ROWS. Letters: N rows, D head dim, L
+// LEAST_TILES (of a segment that is not a row's last), END_TILES, MAX_ROWS. Letters: N rows, D head dim, L
 // lines: see Params.
 
 #include <hopper.cuh>
@@ -53,7 +55,7 @@ struct alignas(16) Share {
     int length;     // of the row
     int block_id;   // of the tile, in the cache
     int per_block;  // positions that each share has before its begin is moved: see plan_shares
-    int unused;
+    int end_tiles;  // positions behind the tiles of each kv head
 };
 
 // Sums that a block writes out, max_segments + 1 lines: of the first row and kv head of its share,
@@ -97,10 +99,12 @@ struct Place {
     int position, row, head, tile;
     int length, num_tiles;  // of the row
     int per_segment;        // tiles
+    int end_tiles;          // see Share
     int next_length;        // of the next row, asked for long before it is needed
 
     __device__ __forceinline__ Place(const Params& p, const Share& share)
-        : position(share.position), row(share.row), head(share.head), tile(share.tile) {
+        : position(share.position), row(share.row), head(share.head), tile(share.tile),
+          end_tiles(share.end_tiles) {
         enter_row(p, share.length);
     }
     __device__ __forceinline__ void enter_row(const Params& p, int its_length) {
@@ -109,9 +113,13 @@ struct Place {
         per_segment = tiles_of_segment(p, num_tiles);
         next_length = p.context_lens[min(row + 1, p.num_rows - 1)];
     }
+    // Of the next tile, or the end of the list.
+    __device__ __forceinline__ int next_position() const {
+        return position + 1 + (is_item_end() ? end_tiles : 0);
+    }
     // There is a next one.
     __device__ __forceinline__ void advance(const Params& p) {
-        position++;
+        position = next_position();
         if (++tile < num_tiles) return;
         tile = 0;
         if (++head < KV_HEADS) return;
@@ -131,8 +139,8 @@ struct Place {
 constexpr int PLAN_THREADS = 512;
 static_assert(MAX_ROWS <= PLAN_THREADS && (MAX_ROWS & (MAX_ROWS - 1)) == 0, "a row each");
 
-// Tiles of each share: whole rows of a kv head where that makes them a sixteenth more at most, as
-// it does where all rows are about as long.
+// Positions of each share: whole rows of a kv head where that makes them a sixteenth more at most,
+// as it does where all rows are about as long.
 __device__ __forceinline__ int positions_per_block(int total, int longest) {
     const int least = (total + GRID - 1) / GRID;
     const int whole = (least + longest - 1) / longest * longest;
@@ -143,48 +151,60 @@ __device__ __forceinline__ int positions_per_block(int total, int longest) {
 extern "C" __global__ void __launch_bounds__(PLAN_THREADS, 1)
     plan_shares(const __grid_constant__ Params p) {
     SHARED_MEMORY(dynamic);
-    int* after = (int*)dynamic;  // [MAX_ROWS]: tiles of a kv head, up to the end of each row
+    constexpr int WARPS_OF_PLAN = PLAN_THREADS / 32;
+    int* after = (int*)dynamic;  // [MAX_ROWS]: positions of a kv head, up to the end of each row
     int* of_warps = after + MAX_ROWS;
-    int* longest_of_warps = of_warps + PLAN_THREADS / 32;
+    int* longest_of_warps = of_warps + WARPS_OF_PLAN;
+    int* shortest_of_warps = longest_of_warps + WARPS_OF_PLAN;
     const int thread = threadIdx.x, lane = thread % 32;
     const int own = thread < p.num_rows ? tiles_of(p.context_lens[thread]) : 0;
-    int sum = own, longest = own;
+    int sum = own, longest = own, shortest = own > 0 ? own : 0x7FFFFFFF;
 #pragma unroll
     for (int lanes = 1; lanes < 32; lanes *= 2) {
         const int others = __shfl_up_sync(~0u, sum, lanes);
         if (lane >= lanes) sum += others;
         longest = max(longest, __shfl_xor_sync(~0u, longest, lanes));
+        shortest = min(shortest, __shfl_xor_sync(~0u, shortest, lanes));
     }
-    if (lane == 31) of_warps[thread / 32] = sum, longest_of_warps[thread / 32] = longest;
+    if (lane == 31) {
+        of_warps[thread / 32] = sum;
+        longest_of_warps[thread / 32] = longest, shortest_of_warps[thread / 32] = shortest;
+    }
     __syncthreads();
-    for (int warp = 0; warp < PLAN_THREADS / 32; warp++) {
+    for (int warp = 0; warp < WARPS_OF_PLAN; warp++) {
         if (warp < thread / 32) sum += of_warps[warp];
         longest = max(longest, longest_of_warps[warp]);
+        shortest = min(shortest, shortest_of_warps[warp]);
     }
-    if (thread < MAX_ROWS) after[thread] = sum;
+    const int end_tiles = shortest == longest ? 0 : END_TILES;
+    if (thread < MAX_ROWS) after[thread] = sum + (thread + 1) * end_tiles;
     __syncthreads();
 
     const int total = after[p.num_rows - 1] * KV_HEADS;
-    const int per_block = positions_per_block(total, longest);
+    const int per_block = positions_per_block(total, longest + end_tiles);
     for (int block = thread; block <= GRID; block += PLAN_THREADS) {
         Share share;
         share.position = block * per_block;
         share.per_block = per_block;
+        share.end_tiles = end_tiles;
         if (share.position < total) {
             int row = 0;
             for (int step = MAX_ROWS / 2; step > 0; step /= 2)
                 if (row + step < p.num_rows && after[row + step - 1] * KV_HEADS <= share.position)
                     row += step;
-            const int num_tiles = after[row] - (row > 0 ? after[row - 1] : 0);
-            const int in_row = share.position - (after[row] - num_tiles) * KV_HEADS;
+            const int num_positions = after[row] - (row > 0 ? after[row - 1] : 0);
+            const int num_tiles = num_positions - end_tiles;
+            const int in_row = share.position - (after[row] - num_positions) * KV_HEADS;
             const int per_segment = tiles_of_segment(p, num_tiles);
-            share.head = in_row / num_tiles;
-            const int tile = in_row % num_tiles;
-            share.tile = min((tile + per_segment - 1) / per_segment * per_segment, num_tiles);
-            share.position += share.tile - tile;
-            if (share.tile == num_tiles) {
+            share.head = in_row / num_positions;
+            const int tile = in_row % num_positions;
+            share.tile = (tile + per_segment - 1) / per_segment * per_segment;
+            if (share.tile >= num_tiles) {
+                share.position += num_positions - tile;
                 share.tile = 0;
                 if (++share.head == KV_HEADS) share.head = 0, row++;
+            } else {
+                share.position += share.tile - tile;
             }
             share.row = row;
         }
@@ -239,7 +259,7 @@ struct Loader {
             } else {
                 copy(p.v_cache + block * p.v_block_stride + slot * p.v_slot_stride,
                      p.v_slot_stride, num_valid);
-                if (place.position + 1 < end) {
+                if (place.next_position() < end) {
                     place.advance(p);
                     if (place.tile * TILE % BLOCK_SIZE == 0) find_block();
                 } else {
@@ -590,7 +610,7 @@ __device__ __forceinline__ void end_segment(
 extern "C" __constant__ int shared_bytes = SHARED_BYTES;
 extern "C" __constant__ int plan_shares_threads = PLAN_THREADS;
 extern "C" __constant__ int decode_attention_threads = THREADS;
-static_assert((MAX_ROWS + 2 * PLAN_THREADS / 32) * 4 <= SHARED_BYTES, "plan_shares's");
+static_assert((MAX_ROWS + 3 * PLAN_THREADS / 32) * 4 <= SHARED_BYTES, "plan_shares's");
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     decode_attention(const __grid_constant__ Params p) {
@@ -641,7 +661,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         add_values(sums, weights, s.ring + stage * STRIP_BYTES, lane);
         if (++stage == STAGES) stage = 0;
 
-        const bool is_end = place.position + 1 == end;
+        const bool is_end = place.next_position() == end;
         if (place.is_segment_end()) {
             const bool is_last = is_end || place.is_item_end();
             end_segment(p, s, sums, results, place, block, share.per_block, is_last, warp, lane);

@@ -39,13 +39,14 @@ class Tuning:
     values counted apart. segments: of a row, over all its kv heads: parts of its context whose sums
     are kept apart, so that one row alone keeps half of the blocks busy; segments_of_many in steps
     of more than few_rows. least_tiles: of warps * 16 tokens in a segment, since the end of one
-    takes 1 us."""
+    takes 1 us. end_tiles: that the end of a row's kv head counts as, when the work is shared."""
 
     blocks_per_sm: int = 2
     warps: int = 4
     stages: int = 4
     segments: int = 128
     least_tiles: int = 2
+    end_tiles: int = 1
     few_rows: int = 32
     segments_of_many: int = 16
 
@@ -278,6 +279,7 @@ def defines_for(
         "WARPS": tuning.warps,
         "BLOCKS_PER_SM": tuning.blocks_per_sm,
         "LEAST_TILES": tuning.least_tiles,
+        "END_TILES": tuning.end_tiles,
         "MAX_ROWS": MAX_ROWS,
     }
 
