@@ -7,6 +7,7 @@ is up to 2 ** -9 of a value each: 5e-3 of a tensor's norm against float32.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -237,6 +238,42 @@ def test_a_block_may_have_the_last_segment_of_a_row_and_the_first_of_the_next(
         compiled = on_cpu(2, 1, 64, num_blocks, segments=3, least_tiles=1)
         case = Case(compiled[0], [192, 384, 192, 576, 192])
         case.check(run_on_cpu(case, compiled))
+
+
+@pytest.mark.parametrize(
+    "contexts",
+    [[640] * 9 + [0] * 23, [1, 1500] * 8, [64] * 15 + [900], [5 + 20 * i for i in range(30)]],
+    ids=["padded", "in turns", "one long", "of all lengths"],
+)
+def test_no_block_has_much_more_to_do_than_others(on_cpu: Compiled, contexts: list[int]) -> None:
+    """The end of a row's kv head takes about as long as a tile: a block of short rows has many."""
+    shape, launcher, tuning = on_cpu(8, 4, 64, 16)
+    launcher.writes = ()
+    attention = shape.make(CPU, launcher, tuning)
+    case = Case(shape, contexts)
+    attention.plan(case.tables, case.lens)
+    tile = 16 * tuning.warps
+    num_tiles = [-(-context // tile) for context in case.contexts]
+    places = [
+        (row, head, at)
+        for row, num in enumerate(num_tiles)
+        for head in range(shape.num_kv_heads)
+        for at in range(num)
+    ]
+    shares = attention._shares[:, :4].tolist()
+    end = shares[-1][0]
+    begins = [
+        places.index((row, head, at)) if position < end else len(places)
+        for position, row, head, at in shares
+    ]
+    work = [
+        end - begin + sum(at + 1 == num_tiles[row] for row, _, at in places[begin:end])
+        for begin, end in itertools.pairwise(begins)
+    ]
+    assert sum(work) == len(places) + len(contexts) * shape.num_kv_heads
+    # Shares begin where segments do, of two tiles or more.
+    longest_segment = max(2, -(-max(num_tiles) // tuning.max_segments(len(contexts), 4)))
+    assert max(work) <= sum(work) / 16 * 17 / 16 + 1 + longest_segment
 
 
 def test_a_row_on_a_cpu_is_alike_alone_and_among_others(on_cpu: Compiled) -> None:
