@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that run the tests. One where there is a GPU: those that use it take most of its memory.
+PROCESSES := $(if $(shell command -v nvidia-smi),0,2)
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e
 
 .PHONY: demo test lint format clean
@@ -11,7 +13,7 @@ demo: $(VENV)/.installed
 	$(BIN)/graphengine generate demo --input graphengine/demo/prompts.txt
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
