@@ -88,8 +88,9 @@ def make_table(resolved: Resolved) -> SequenceTable:
 
 def context_to_try(resolved: Resolved) -> int:
     """Length of the prompt whose last chunk takes as much memory as that of any. flash-attn 2 reads
-    the cache in place and allocates by queries alone, so that a little context tells all; 128K
-    tokens of it would take an 8B model seconds. Other backends gather or copy what they read."""
+    the cache in place and allocates by queries, or little for single ones, so that a little context
+    tells all; 128K tokens of it would take an 8B model seconds. Other backends gather or copy what
+    they read."""
     if resolved.attention.name != FlashAttention.name:
         return resolved.max_model_len
     return min(resolved.max_model_len, resolved.config.max_num_batched_tokens + resolved.block_size)

@@ -261,6 +261,9 @@ class ModelRunner:
             num_tokens -= 1
         if 0 < num_tokens < self._max_prefill[0]:
             self._run_null_prefills(table, num_tokens)
+        # Kernels of few tokens start early, which is another variant of each.
+        if self._padded(1) is None:
+            self._run_null_prefill(table, np.array([0]), np.array([1]))
         step = self._runner.open(self._runner.ladder.max_rows)
         for name, pad in self._decode_pads.items():
             step.inputs[name][:] = pad

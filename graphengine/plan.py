@@ -140,6 +140,6 @@ def _graph_bytes(resolved: Resolved) -> int:
     if prefills is not None:
         num_buckets += len(prefills.sizes)
         heads = 2 * model.num_heads + 2 * model.num_kv_heads
-        width = 3 * model.hidden_size + heads * model.head_dim + 3 * model.intermediate_size
+        width = 2 * model.hidden_size + heads * model.head_dim + 3 * model.intermediate_size
         pool += itemsize * prefills.max_rows * width
     return pool + num_buckets * model.num_layers * _GRAPH_BYTES_PER_LAYER

@@ -204,7 +204,7 @@ def main() -> None:
     backends = make_backends(say)
     parts: dict[str, Callable[[], Figures]] = {
         "check": lambda: check(backends),
-        "chunk": lambda: chunk(backends, [4096] * 2),
+        "chunk": lambda: chunk(backends),
         "attention": lambda: attention(backends),
         "row_kernels": lambda: row_kernels(8192),
         "products": products,

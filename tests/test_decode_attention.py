@@ -220,11 +220,11 @@ def test_other_tunings_agree_with_float32(on_cpu: Compiled, changes: dict[str, i
 
 @pytest.mark.parametrize(
     "contexts",
-    [[70] * 33, [1, 200, 64, 130] * 16, [5 + 11 * i for i in range(47)]],
-    ids=["33 rows", "64 rows", "47 rows"],
+    [[70] * 33, [1, 200, 64, 130] * 16, [5 + 11 * i for i in range(47)], [130] * 32 + [0] * 9],
+    ids=["33 rows", "64 rows", "47 rows", "the first warp's alike"],
 )
 def test_many_rows_agree_with_float32(on_cpu: Compiled, contexts: list[int]) -> None:
-    compiled = on_cpu(2, 1, 64, 16)
+    compiled = on_cpu(2, 1, 64, 40)  # shares that two warps plan
     case = Case(compiled[0], contexts)
     case.check(run_on_cpu(case, compiled))
 
@@ -274,6 +274,25 @@ def test_no_block_has_much_more_to_do_than_others(on_cpu: Compiled, contexts: li
     # Shares begin where segments do, of two tiles or more.
     longest_segment = max(2, -(-max(num_tiles) // tuning.max_segments(len(contexts), 4)))
     assert max(work) <= sum(work) / 16 * 17 / 16 + 1 + longest_segment
+
+
+def test_ends_count_unless_all_rows_are_alike(on_cpu: Compiled) -> None:
+    """Shares of whole rows of a kv head, with what its end counts as, where they may be a little
+    larger. The same of all blocks, which several warps plan."""
+    for kv_heads, num_blocks, contexts, per_block, end_tiles in (
+        (4, 16, [640] * 16, 4 * 10, 0),
+        (4, 16, [640] * 10 + [576] * 6, 4 * 11, 1),
+        (4, 16, [640] * 33, 83, 0),
+        (1, 40, [130] * 32 + [0] * 9, 4, 1),
+    ):
+        shape, launcher, tuning = on_cpu(2 * kv_heads, kv_heads, 64, num_blocks)
+        launcher.writes = ()
+        attention = shape.make(CPU, launcher, tuning)
+        case = Case(shape, contexts)
+        attention.plan(case.tables, case.lens)
+        shares = attention._shares[:-1]
+        assert set(shares[:, 6].tolist()) == {per_block}
+        assert set(shares[:, 7].tolist()) == {end_tiles}
 
 
 def test_a_row_on_a_cpu_is_alike_alone_and_among_others(on_cpu: Compiled) -> None:

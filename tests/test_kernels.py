@@ -401,6 +401,8 @@ def test_fused_products_are_their_twins(
         check(residual, total, 64 if dtype == torch.float32 else 4 if has_bias else 2)
         gate, up = exact.chunk(2, dim=-1)
         activated = torch.nn.functional.silu(gate) * up
+        left = fused.linear(x, weight, bias)
+        assert torch.equal(left, torch.nn.functional.linear(x, weight, bias)), "not cuBLAS's"
         for decode in (False, True):
             result = fused.linear_silu_mul(x, weight, bias, decode=decode)
             check(result, activated, 256 if eps < 1e-6 else 8)

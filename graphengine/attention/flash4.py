@@ -1,4 +1,5 @@
-"""How does a prefill run by FlashAttention 4, on Hopper? Decoding stays with `flash`.
+"""How does a prefill run by FlashAttention 4, on Hopper? Single queries stay with `flash`: those of
+decode steps, and of a prefill's last layer.
 
 flash-attn 4 (package flash-attn-4, module flash_attn.cute) is compiled when it is first called: the
 import and that take seconds of a start, so nobody gets it without asking. What a kernel is compiled
@@ -81,7 +82,7 @@ class FlashAttention4:
     ) -> Tensor:
         """See AttentionBackend. A sequence with NaN or infinite values can spoil its neighbours:
         the kernel multiplies them by zero."""
-        # flash-attn 2 splits the keys of a single query, this one does not.
+        # Mostly flash-attn 2 splits the keys of a single query. This one does not.
         if metadata.max_seqlen_q == 1 or metadata.cu_seqlens_q.shape[0] - 1 > _MAX_SEQUENCES:
             return self._flash.prefill(q, k, v, k_cache, v_cache, metadata, window=window)
         if metadata.has_context:

@@ -24,8 +24,8 @@
 // movmatrix, griddepcontrol; what a lane holds of a matrix is from there.
 //
 // Set when compiled: GRID, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, STAGES, WARPS, BLOCKS_PER_SM,
-// LEAST_TILES (of a segment that is not a row's last), END_TILES, MAX_ROWS. Letters: N rows, D head dim, L
-// lines: see Params.
+// LEAST_TILES (of a segment that is not a row's last), END_TILES, MAX_ROWS. Letters: N rows, D head
+// dim, L lines: see Params.
 
 #include <hopper.cuh>
 

@@ -28,9 +28,10 @@ _HOPPER = (9, 0)
 def early_launch(x: Tensor, num_rows: int, *, follows_ours: bool = False) -> dict[str, bool]:
     """Launch options of a kernel that reads `x` of `num_rows` rows; its EARLY among them.
 
-    It starts early up to the rows whose products are all ours, and of more rows if the kernel
-    before it is ours: cuBLAS does not let the next kernel in, and waiting for it in this way costs
-    about 1 us more than in the usual one. It lets the next kernel in either way."""
+    It starts early up to the rows of which a decode step's products are all ours, and of more rows
+    if the kernel before it is ours: cuBLAS does not let the next kernel in, and waiting for it in
+    this way costs about 1 us more than in the usual one, as the few rows at a prefill's end do. It
+    lets the next kernel in either way."""
     if _capability(x.device) < _HOPPER:
         return {"EARLY": False}
     return {"EARLY": True, "launch_pdl": follows_ours or num_rows <= MAX_ROWS}

@@ -96,8 +96,9 @@ def linear(
     """x [N, C] times weight [F, C] transposed, plus bias [F]: [N, F] of x's dtype; or, unless
     `whole`, its partial sums over parts of C, float32 [S, N, F], or [1, N, F] of x's dtype.
 
-    decode: of a decode step, mostly replayed from a graph: more rows than else may run in kernels
-    that take the host long to launch. How sums round may differ. out: gets the result, [N, F] of
+    decode: of a decode step, mostly replayed from a graph: it, and what is `whole`, may run in
+    kernels that are the best for few rows or take the host long to launch. How sums round may
+    differ. out: gets the result, [N, F] of
     x's dtype, and is what is returned."""
     product = torch.nn.functional.linear(x, weight, bias)
     return product if out is None else out.copy_(product)
