@@ -65,6 +65,8 @@ class Shape:
         launcher: CpuAttentionLauncher | None = None,
         tuning: Tuning = TUNING,
     ) -> DecodeAttention:
+        if device.type == "cuda":
+            torch.zeros(1, device=device)  # the driver's functions need the device's context
         return DecodeAttention(
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
