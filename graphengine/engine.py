@@ -296,8 +296,8 @@ class LLM:
                 laps.end("launch" if isinstance(batch, DecodeBatch) else "prefill")
             outputs += [self._output(sequence, text) for sequence, text in ended]
             ended = []
-            laps.end("output")
             self._take_spans()
+            laps.end("output")
             yield from outputs
             if self._is_closed:
                 raise RuntimeError("this LLM was closed while it streamed")
