@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import textwrap
@@ -39,9 +40,24 @@ def test_kernel_is_compiled_once(cache: Path, source: Path) -> None:
     cubin = compiled(source)
     assert cubin.startswith(b"\x7fELF")
     (file,) = cache.iterdir()
-    assert file.read_bytes() == cubin
-    file.write_bytes(b"kept")
-    assert compiled(source) == b"kept"
+    assert file.read_bytes().startswith(cubin)
+    kept = b"kept"
+    file.write_bytes(kept + hashlib.sha256(kept).digest())
+    assert compiled(source) == kept
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut off", "a bit"])
+def test_damaged_file_is_compiled_anew(cache: Path, source: Path, damage: str) -> None:
+    """As a machine that lost its power may leave one."""
+    cubin = compiled(source)
+    (file,) = cache.iterdir()
+    good = file.read_bytes()
+    flipped = bytes([good[100] ^ 1])
+    file.write_bytes(
+        {"empty": b"", "cut off": good[:-40], "a bit": good[:100] + flipped + good[101:]}[damage]
+    )
+    assert compiled(source) == cubin
+    assert file.read_bytes() == good
 
 
 def test_changed_source_or_option_is_compiled_anew(cache: Path, source: Path) -> None:

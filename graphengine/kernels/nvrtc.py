@@ -1,7 +1,7 @@
 """How does CUDA C++ become a kernel that can be launched? NVRTC, with its output kept on disk.
 
-What is compiled is kept in the user's cache folder, so that only the first start ever pays for it
-(a second or two a kernel). The driver's and NVRTC's functions are called through cuda-bindings, on
+What is compiled is kept in the user's cache folder, with a digest behind it, so that only the first
+start ever pays for it (a second or two a kernel). The driver's and NVRTC's functions are called through cuda-bindings, on
 which torch's own CUDA builds depend.
 """
 
@@ -21,6 +21,7 @@ from cuda.bindings import driver, nvrtc
 from torch import Tensor
 
 _CACHE = Path("~/.cache/graphengine/kernels")
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class CompileError(RuntimeError):
@@ -99,13 +100,17 @@ def compiled(
     cached = _CACHE / f"{path.stem}-{key[:32]}.cubin"
     # Without a cache every start compiles: slower, and nothing is lost. RuntimeError: no home.
     with contextlib.suppress(OSError, RuntimeError):
-        return cached.expanduser().read_bytes()
+        kept = cached.expanduser().read_bytes()
+        cubin, digest = kept[:-_DIGEST_BYTES], kept[-_DIGEST_BYTES:]
+        # A file may be damaged: a machine that lost its power left it empty or cut off.
+        if hashlib.sha256(cubin).digest() == digest:
+            return cubin
     cubin, _ = compile_source(source, path.name, options, included)
     with contextlib.suppress(OSError, RuntimeError):
         folder = _CACHE.expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(cubin)
+            file.write(cubin + hashlib.sha256(cubin).digest())
         os.replace(file.name, folder / cached.name)
     return cubin
 
