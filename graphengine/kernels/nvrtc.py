@@ -1,8 +1,8 @@
 """How does CUDA C++ become a kernel that can be launched? NVRTC, with its output kept on disk.
 
 What is compiled is kept in the user's cache folder, with a digest behind it, so that only the first
-start ever pays for it (a second or two a kernel). The driver's and NVRTC's functions are called through cuda-bindings, on
-which torch's own CUDA builds depend.
+start ever pays for it (a second or two a kernel). The driver's and NVRTC's functions are called
+through cuda-bindings, on which torch's own CUDA builds depend.
 """
 
 from __future__ import annotations
