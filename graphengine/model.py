@@ -152,17 +152,24 @@ class DecoderModel(nn.Module):
                 return self._chained(chain, input_ids, positions, kv, metadata)
         residual = F.embedding(input_ids, self.embed_tokens)
         layers: list[DecoderLayer] = list(self.layers)  # type: ignore[arg-type]
+        *before, last = zip(layers, kv.k, kv.v, strict=True)
         added: Tensor | None = None
-        for index, layer in enumerate(layers):
-            caches = kv.k[index], kv.v[index]
-            if isinstance(metadata, PrefillMetadata) and layer is layers[-1]:
-                slots = metadata.slot_mapping
-                heads = layer.begin(
-                    None, residual, positions, self._cos_sin, *caches, slots, decode=False
-                )
-                return self.finish_prefill(heads, residual, kv, metadata)
-            added = layer(added, residual, positions, self._cos_sin, *caches, metadata)
-        assert added is not None
+        for layer, k_cache, v_cache in before:
+            added = layer(added, residual, positions, self._cos_sin, k_cache, v_cache, metadata)
+        layer, k_cache, v_cache = last
+        if isinstance(metadata, PrefillMetadata):
+            heads = layer.begin(
+                None,
+                residual,
+                positions,
+                self._cos_sin,
+                k_cache,
+                v_cache,
+                metadata.slot_mapping,
+                decode=False,
+            )
+            return self.finish_prefill(heads, residual, kv, metadata)
+        added = layer(added, residual, positions, self._cos_sin, k_cache, v_cache, metadata)
         return self._kernels.add_rms_norm(added, residual, self.norm, self.config.rms_norm_eps)
 
     def finish_prefill(

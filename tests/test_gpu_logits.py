@@ -23,6 +23,7 @@ from graphengine.model import DecoderModel
 from graphengine.model_config import load_model_config
 from graphengine.prefill_graphs import PrefillGraphs
 from graphengine.weights import load_weights
+from perf.shapes import SHAPES
 
 pytestmark = pytest.mark.gpu
 
@@ -33,30 +34,19 @@ ROWS = 256
 BLOCK_SIZE = 256
 # A kernel each, or more: the chain by 8, 16 and 32 rows, products by 64, 128, 192 and 256.
 DECODE_ROWS = (1, 8, 16, 32, 48, 100, 192, 256)
-SHAPES = {
-    "qwen3-0.6b": (
-        "qwen3",
-        {
-            "hidden_size": 1024,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "llama-8b, 6 layers": (
-        "llama_gqa_llama3",
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-        },
-    ),
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "tie_word_embeddings"),
+)
+
+
+def sizes_of(shape: str) -> dict[str, object]:
+    return {name: SHAPES[shape][name] for name in SIZES}
+
+
+MODELS = {
+    "qwen3-0.6b": ("qwen3", sizes_of("qwen3-0.6b")),
+    "llama-8b, 6 layers": ("llama_gqa_llama3", sizes_of("llama-8b") | {"num_hidden_layers": 6}),
 }
 
 
@@ -93,10 +83,10 @@ def prefill_metadata(num_rows: int, tables: Tensor) -> PrefillMetadata:
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", MODELS)
 @torch.inference_mode()
 def test_bf16_logits_are_near_float32(shape: str, tmp_path: Path) -> None:
-    variant, sizes = SHAPES[shape]
+    variant, sizes = MODELS[shape]
     path = write_plain_checkpoint(tmp_path, variant, **sizes)
     tokens = torch.randint(8192, (ROWS, PROMPT + 1), device=CUDA)
     theirs = reference_model(path).to(CUDA)

@@ -6,11 +6,10 @@
 // take equal, contiguous shares of all tiles of the step: rows, of each its kv heads, of each its
 // tiles of tokens. Behind those of a kv head the list has END_TILES places for what its end takes,
 // unless all rows are alike: else the block that has many short rows would be the last by far.
-// Where shares begin is found once a step, by plan_shares, for all layers. Keys
-// and values are copied some strips ahead through a ring of shared memory, across all borders, and
-// the first of them before the kernel ahead has ended: those of tokens that are older than the
-// step. Each warp has its own 16 tokens of a tile and its own ring, so warps meet at the ends of
-// segments only.
+// Where shares begin is found once a step, by plan_shares, for all layers. Keys and values are
+// copied some strips ahead through a ring of shared memory, across all borders, and the first of
+// them before the kernel ahead has ended: those of tokens that are older than the step. Each warp
+// has its own 16 tokens of a tile and its own ring, so warps meet at the ends of segments only.
 //
 // A segment is some tiles of a row: how many follows from the row's own length and max_segments.
 // Its warps' sums are put together, in their order, and then the segments of a row, in theirs. A

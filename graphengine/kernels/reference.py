@@ -98,8 +98,7 @@ def linear(
 
     decode: of a decode step, mostly replayed from a graph: it, and what is `whole`, may run in
     kernels that are the best for few rows or take the host long to launch. How sums round may
-    differ. out: gets the result, [N, F] of
-    x's dtype, and is what is returned."""
+    differ. out: gets the result, [N, F] of x's dtype, and is what is returned."""
     product = torch.nn.functional.linear(x, weight, bias)
     return product if out is None else out.copy_(product)
 
