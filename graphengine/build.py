@@ -1,8 +1,12 @@
-"""How is the device side put together? Weights, then as many KV blocks as fit, then graphs."""
+"""How is the device side put together? Weights, then as many KV blocks as fit, then graphs; kernels
+compile while the weights are read."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -10,6 +14,7 @@ from captures import BucketLadder, CaptureError, StepClock, Streams, make_stream
 from graphengine.attention.flash import FlashAttention
 from graphengine.errors import CapacityError
 from graphengine.kernels import kernels_for
+from graphengine.kernels.ahead import compiled_ahead
 from graphengine.kv_cache import KVCache
 from graphengine.metrics import Laps
 from graphengine.model import DecoderModel
@@ -57,17 +62,57 @@ def _build_runner(resolved: Resolved, laps: Laps) -> tuple[StepClock, ModelRunne
     num_blocks = _num_blocks_if_known(resolved)
     if num_blocks is not None:
         check_one_sequence_fits(num_blocks, resolved)
-    model = _load_model(resolved)
-    laps.end("weights")
+    if resolved.config.load_format != "dummy":
+        # Headers only: a bad checkpoint fails before anything is allocated.
+        check_weights(resolved.model_path, resolved.model_config)
+    streams = make_streams(resolved.device)
+    with _kernels_compiling(resolved, streams, laps):
+        model = _load_model(resolved)
+        laps.end("weights")
     with model.exclusive():
-        return _make_ready(resolved, laps, model, num_blocks)
+        return _make_ready(resolved, laps, model, streams, num_blocks)
+
+
+@contextlib.contextmanager
+def _kernels_compiling(resolved: Resolved, streams: Streams, laps: Laps) -> Iterator[None]:
+    """Within it the kernels that steps will launch compile, in threads."""
+    if resolved.device.type != "cuda":
+        yield
+        return
+    with compiled_ahead(resolved.device, lambda: rehearse(resolved, streams)):
+        laps.end("kernels")
+        yield
+    laps.end("kernels")
+
+
+def rehearse(resolved: Resolved, streams: Streams) -> None:
+    """Runs every kind of step there is, on the null block, by a model of as few layers as launch
+    all that its layers launch, with weights nobody has set. Blocks until done."""
+    model_config = resolved.model_config
+    windows = tuple(dict.fromkeys(model_config.sliding_windows))
+    if len(windows) < 2 <= model_config.num_layers:
+        windows *= 2  # what lies between two layers
+    model_config = dataclasses.replace(
+        model_config, num_layers=len(windows), sliding_windows=windows
+    )
+    config = dataclasses.replace(resolved.config, enforce_eager=True)
+    resolved = dataclasses.replace(resolved, config=config, model_config=model_config)
+    model = _empty_model(resolved)
+    runner = _make_runner(resolved, model, streams, StepClock(streams), 0, resolved.ladder)
+    runner.run_all_kinds_of_steps(make_table(resolved), max_context=context_to_try(resolved))
+    runner.close()
+    if resolved.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _make_ready(
-    resolved: Resolved, laps: Laps, model: DecoderModel, num_blocks: int | None
+    resolved: Resolved,
+    laps: Laps,
+    model: DecoderModel,
+    streams: Streams,
+    num_blocks: int | None,
 ) -> tuple[StepClock, ModelRunner, int]:
     """KV cache and graphs for a model with its weights."""
-    streams = make_streams(resolved.device)
     if num_blocks is None:
         num_blocks = _num_blocks_that_fit(resolved, model, streams)
         check_one_sequence_fits(num_blocks, resolved)
@@ -131,11 +176,16 @@ def check_one_sequence_fits(num_blocks: int, resolved: Resolved) -> None:
 
 
 def _load_model(resolved: Resolved) -> DecoderModel:
-    is_dummy = resolved.config.load_format == "dummy"
-    if not is_dummy:
-        # Headers only: a bad checkpoint fails before anything is allocated.
-        check_weights(resolved.model_path, resolved.model_config)
-    model = DecoderModel(
+    model = _empty_model(resolved)
+    if resolved.config.load_format == "dummy":
+        dummy_weights(model, seed=resolved.config.seed)
+    else:
+        load_weights(model, resolved.model_path, resolved.model_config)
+    return model
+
+
+def _empty_model(resolved: Resolved) -> DecoderModel:
+    return DecoderModel(
         resolved.model_config,
         dtype=resolved.dtype,
         device=resolved.device,
@@ -144,11 +194,6 @@ def _load_model(resolved: Resolved) -> DecoderModel:
         max_model_len=resolved.max_model_len,
         block_size=resolved.block_size,
     )
-    if is_dummy:
-        dummy_weights(model, seed=resolved.config.seed)
-    else:
-        load_weights(model, resolved.model_path, resolved.model_config)
-    return model
 
 
 def _make_runner(

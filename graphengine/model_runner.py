@@ -264,7 +264,19 @@ class ModelRunner:
         # Kernels of few tokens start early, which is another variant of each.
         if self._padded(1) is None:
             self._run_null_prefill(table, np.array([0]), np.array([1]))
-        step = self._runner.open(self._runner.ladder.max_rows)
+        self._run_null_decode(self._runner.ladder.max_rows)
+
+    def run_all_kinds_of_steps(self, table: SequenceTable, *, max_context: int) -> None:
+        """As run_largest_steps; then a decode step, and a prefill, of each bucket."""
+        self.run_largest_steps(table, max_context=max_context)
+        for num_rows in self._runner.ladder.sizes:
+            self._run_null_decode(num_rows)
+        if self._prefill_graphs is not None:
+            for num_tokens in self._prefill_graphs.ladder.sizes:
+                self._run_null_prefills(table, num_tokens)
+
+    def _run_null_decode(self, num_rows: int) -> None:
+        step = self._runner.open(num_rows)
         for name, pad in self._decode_pads.items():
             step.inputs[name][:] = pad
         self._runner.launch(step)

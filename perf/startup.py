@@ -16,7 +16,7 @@ from perf.figures import Figure, merge
 
 
 def measure_startup(model: str | None, shape: str, folder: Path, *, repeats: int) -> dict[str, Any]:
-    """Figures of `repeats` processes each with an empty and a filled Triton cache. Without `model`
+    """Figures of `repeats` processes each with empty and filled caches of kernels. Without `model`
     a checkpoint of `shape` is written first, so its pages are in memory, as a second start finds
     them."""
     # Imported here: torch comes with it, and the processes measured import this module.
@@ -47,12 +47,13 @@ def measure_startup(model: str | None, shape: str, folder: Path, *, repeats: int
     return {"figures": figures, "detail": {"phases": detail}}
 
 
-def _start(path: Path, triton_cache: str) -> dict[str, Any]:
-    """Seconds since the process was started, by milestone, and its own phases."""
+def _start(path: Path, caches: str) -> dict[str, Any]:
+    """Seconds since the process was started, by milestone, and its own phases. caches: folder for
+    the kernels that Triton compiles, and those that the engine does."""
     began = time.time()
     done = subprocess.run(
         [sys.executable, "-m", "perf.startup", str(path)],
-        env=os.environ | {"TRITON_CACHE_DIR": triton_cache},
+        env=os.environ | {"TRITON_CACHE_DIR": f"{caches}/triton", "XDG_CACHE_HOME": caches},
         capture_output=True,
         text=True,
         check=False,

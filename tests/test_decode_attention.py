@@ -483,7 +483,7 @@ def test_captured_behind_a_kernel_that_writes_its_inputs() -> None:
     cubin, _ = nvrtc.compile_source(
         WRITER, "writer.cu", options, {header.name: header.read_text("utf-8")}
     )
-    writer = nvrtc.Kernel(cubin, "writer")
+    writer = nvrtc.Kernel(lambda: cubin, "writer")
     attention = shape.make(CUDA)
     cases = [Case(shape, n, CUDA) for n in ([700] * 8, [65, 1, 4000, 3, 256, 640, 17, 1025])]
 

@@ -21,8 +21,8 @@ SOURCE = 'extern "C" __global__ void fill(int* out) { out[threadIdx.x] = VALUE; 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(nvrtc, "_CACHE", tmp_path / "cache")
-    return tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "graphengine" / "kernels"
 
 
 @pytest.fixture
@@ -77,6 +77,7 @@ def test_another_compiler_compiles_anew(
 
 
 def test_cache_that_cannot_be_written_costs_time_only(cache: Path, source: Path) -> None:
+    cache.parent.mkdir()
     cache.write_text("a file where the folder should be")
     assert compiled(source).startswith(b"\x7fELF")
 
@@ -86,7 +87,8 @@ def test_user_without_a_home_has_no_cache(source: Path, tmp_path: Path) -> None:
     code = f"""
         import os, pwd
         from pathlib import Path
-        del os.environ["HOME"]
+        for name in ("HOME", "XDG_CACHE_HOME"):
+            os.environ.pop(name, None)
         pwd.getpwuid = lambda uid: {{}}["no such user"]
         os.chdir({str(tmp_path)!r})
         from graphengine.kernels import nvrtc

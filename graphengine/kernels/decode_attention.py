@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from graphengine.kernels.nvrtc import Kernel, compiled
+from graphengine.kernels.nvrtc import Kernel, compiling
 
 # Of more rows kernels.paged_decode is as fast or faster.
 MAX_ROWS = 64
@@ -241,7 +241,7 @@ class HopperLauncher:
     def __init__(self, defines: dict[str, int], device: torch.device) -> None:
         self._device = device
         self.num_blocks = defines["GRID"]
-        cubin = compiled(SOURCE, (HEADER,), architecture=ARCHITECTURE, defines=defines)
+        cubin = compiling(SOURCE, (HEADER,), architecture=ARCHITECTURE, defines=defines)
         self._plan = Kernel(cubin, "plan_shares")
         self._attend = Kernel(cubin, "decode_attention")
 

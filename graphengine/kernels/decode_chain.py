@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import math
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from graphengine.kernels.nvrtc import Kernel, TensorMap, compiled, is_shared_by_mps, tensor_map
+from graphengine.kernels.nvrtc import Kernel, TensorMap, compiling, is_shared_by_mps, tensor_map
 from graphengine.model_config import ModelConfig
 
 # Of more rows the single kernels are as fast or faster: inputs and parts grow, weights do not.
@@ -322,15 +321,12 @@ class HopperLauncher:
         self._maps: dict[tuple[int, ...], TensorMap] = {}  # all of a map follows from its key
         self.num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
 
-        def compile(rows: int) -> bytes:
+        def kernel(rows: int) -> Kernel:
             defines = defines_for(config, num_rows=rows, num_blocks=self.num_blocks)
-            return compiled(SOURCE, (HEADER,), architecture=ARCHITECTURE, defines=defines)
+            cubin = compiling(SOURCE, (HEADER,), architecture=ARCHITECTURE, defines=defines)
+            return Kernel(cubin, "decode_chain")
 
-        with ThreadPoolExecutor(len(ROWS)) as pool:
-            cubins = list(pool.map(compile, ROWS))
-        self._kernels = {
-            rows: Kernel(cubin, "decode_chain") for rows, cubin in zip(ROWS, cubins, strict=True)
-        }
+        self._kernels = {rows: kernel(rows) for rows in ROWS}
 
     def tensor_map(self, matrix: Tensor, box_rows: int) -> TensorMap:
         """See Launcher."""

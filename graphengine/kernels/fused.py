@@ -16,7 +16,7 @@ from torch import Tensor
 from graphengine.kernels.decode_chain import DecodeChain
 from graphengine.kernels.fused_linear import add_linear, linear, linear_silu_mul
 from graphengine.kernels.fused_sampling import sample
-from graphengine.kernels.launch import early_launch, enter_early
+from graphengine.kernels.launch import early_launch, enter_early, launch
 from graphengine.model_config import ModelConfig
 
 __all__ = [
@@ -41,7 +41,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     num_tokens, hidden_size = x.shape
     block = triton.next_power_of_2(hidden_size)
-    _rms_norm_kernel[(num_tokens,)](
+    launch(
+        _rms_norm_kernel,
+        (num_tokens,),
         x,
         weight,
         out,
@@ -61,7 +63,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     num_tokens, hidden_size = residual.shape
     block = triton.next_power_of_2(hidden_size)
     num_splits, split_stride = _splits(x)
-    _add_rms_norm_kernel[(num_tokens,)](
+    launch(
+        _add_rms_norm_kernel,
+        (num_tokens,),
         x,
         residual,
         weight,
@@ -102,7 +106,9 @@ def rope_and_cache(
     else:
         out = torch.empty(qkv.shape[1:], dtype=k_cache.dtype, device=qkv.device)
     half_padded = triton.next_power_of_2(head_dim // 2)
-    _rope_and_cache_kernel[(num_tokens, triton.cdiv(all_heads, _HEADS_PER_PROGRAM))](
+    launch(
+        _rope_and_cache_kernel,
+        (num_tokens, triton.cdiv(all_heads, _HEADS_PER_PROGRAM)),
         qkv,
         out,
         positions,

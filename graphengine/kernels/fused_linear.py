@@ -28,7 +28,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from graphengine.kernels.gated_linear import gated_linear
-from graphengine.kernels.launch import early_launch, enter_early, is_hopper
+from graphengine.kernels.launch import early_launch, enter_early, is_hopper, launch
 from graphengine.kernels.tiles import (
     Tiles,
     WideTiles,
@@ -114,7 +114,9 @@ def _launch_wide(
     dtype = x.dtype if tiles.splits == 1 else torch.float32
     out = torch.empty((tiles.splits, num_rows, num_features), dtype=dtype, device=x.device)
     row_tiles = triton.cdiv(num_rows, tiles.block_n)
-    _wide_linear_kernel[(num_features // tiles.block_f, tiles.splits, row_tiles)](
+    launch(
+        _wide_linear_kernel,
+        (num_features // tiles.block_f, tiles.splits, row_tiles),
         TensorDescriptor.from_tensor(x, [tiles.block_n, tiles.block_c]),
         TensorDescriptor.from_tensor(weight, [tiles.block_f, tiles.block_c]),
         bias,
@@ -140,7 +142,9 @@ def _launch(
 ) -> None:
     num_rows, depth = x.shape
     num_features = out.shape[-1]
-    _linear_kernel[(num_features // tiles.block_f, tiles.splits)](
+    launch(
+        _linear_kernel,
+        (num_features // tiles.block_f, tiles.splits),
         x,
         weight,
         bias,
@@ -163,7 +167,9 @@ def _launch(
 def _silu_mul(gate_up: Tensor) -> Tensor:
     num_tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((num_tokens, size), dtype=gate_up.dtype, device=gate_up.device)
-    _silu_mul_kernel[(num_tokens, triton.cdiv(size, _SILU_BLOCK))](
+    launch(
+        _silu_mul_kernel,
+        (num_tokens, triton.cdiv(size, _SILU_BLOCK)),
         gate_up,
         out,
         gate_up.stride(0),

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from graphengine.kernels import reference
-from graphengine.kernels.launch import early_launch, enter_early
+from graphengine.kernels.launch import early_launch, enter_early, launch
 
 _MIN_TEMPERATURE = tl.constexpr(reference.MIN_TEMPERATURE)
 _SPLIT = 2048
@@ -75,7 +75,9 @@ def sample(
     )
     sizes = (logits.stride(0), stop_ids.stride(0), vocab_size)
     chunk, num_warps = _FEW_CUT if num_rows * num_splits <= _FEW_PROGRAMS else _MANY_CUT
-    _split_kernel[(num_rows, num_splits)](
+    launch(
+        _split_kernel,
+        (num_rows, num_splits),
         *rows,
         *sizes,
         NUM_STOPS=stop_ids.shape[1],
@@ -84,7 +86,9 @@ def sample(
         num_warps=num_warps,
         **early_launch(logits, num_rows),
     )
-    _combine_kernel[(num_rows,)](
+    launch(
+        _combine_kernel,
+        (num_rows,),
         *rows,
         out,
         *sizes,

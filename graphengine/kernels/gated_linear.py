@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from graphengine.kernels.nvrtc import Kernel, TensorMap, compiled, tensor_map
+from graphengine.kernels.nvrtc import Kernel, TensorMap, compiling, tensor_map
 from graphengine.kernels.tiles import GATED_ROWS, MULTIPROCESSORS
 
 SOURCE = Path(__file__).with_name("gated_linear.cu")
@@ -126,7 +126,7 @@ def _launcher(device: torch.device) -> HopperLauncher:
 @functools.cache
 def _kernel(features: int, device: int) -> Kernel:
     """device: whose context is current."""
-    cubin = compiled(SOURCE, (HEADER,), architecture=ARCHITECTURE, defines=defines_for(features))
+    cubin = compiling(SOURCE, (HEADER,), architecture=ARCHITECTURE, defines=defines_for(features))
     return Kernel(cubin, "gated_linear")
 
 

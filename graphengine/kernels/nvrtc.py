@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,12 @@ import torch
 from cuda.bindings import driver, nvrtc
 from torch import Tensor
 
-_CACHE = Path("~/.cache/graphengine/kernels")
+from graphengine.cache_folder import cache_folder
+from graphengine.kernels import ahead
+
 _DIGEST_BYTES = hashlib.sha256().digest_size
+# Five kernels of a model at most; the compiler works outside Python.
+_compilers = ThreadPoolExecutor(5, thread_name_prefix="nvrtc")
 
 
 class CompileError(RuntimeError):
@@ -36,27 +42,39 @@ class TensorMap(ctypes.Structure):
 
 
 class Kernel:
-    """One kernel of a compiled module, for blocks of one size and one amount of shared memory."""
+    """One kernel of a compiled module, for blocks of one size and one amount of shared memory. It
+    is loaded where it is first launched, to the device whose context is current there."""
 
-    def __init__(self, cubin: bytes, name: str) -> None:
-        """The module keeps the bytes of dynamic shared memory in `shared_bytes`, an int, and a
-        block's threads in `{name}_threads`."""
-        module = checked(driver.cuModuleLoadData(cubin))
-        self._function = checked(driver.cuModuleGetFunction(module, name.encode()))
+    def __init__(self, cubin: Callable[[], bytes], name: str) -> None:
+        """cubin: of the module, which keeps the bytes of dynamic shared memory in `shared_bytes`,
+        an int, and a block's threads in `{name}_threads`."""
+        self._cubin = cubin
+        self._name = name
+        self._function: Any = None
+
+    def _load(self) -> None:
+        module = checked(driver.cuModuleLoadData(self._cubin()))
+        function = checked(driver.cuModuleGetFunction(module, self._name.encode()))
         self._shared_bytes = _constant(module, "shared_bytes")
-        self._num_threads = _constant(module, f"{name}_threads")
+        self._num_threads = _constant(module, f"{self._name}_threads")
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        checked(driver.cuFuncSetAttribute(self._function, attribute, self._shared_bytes))
+        checked(driver.cuFuncSetAttribute(function, attribute, self._shared_bytes))
         # A multiprocessor is split in shared memory and L1 cache, and must be empty to be split
         # anew: all kernels that may start while one of these runs need the same split, the largest.
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-        checked(driver.cuFuncSetAttribute(self._function, attribute, 100))
+        checked(driver.cuFuncSetAttribute(function, attribute, 100))
+        self._function = function
 
     def launch(
         self, params: ctypes.Array[ctypes.c_char], *, num_blocks: int, stream: int, early: bool
     ) -> None:
         """params: the kernel's only argument, read before this returns. early: it may start before
-        the kernel ahead of it in the stream has ended; it then waits itself."""
+        the kernel ahead of it in the stream has ended; it then waits itself. Blocks until it is
+        compiled; raises as `compiled` does. See `ahead.compiled_ahead`, where it does nothing."""
+        if ahead.is_rehearsal():
+            return
+        if self._function is None:
+            self._load()
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = num_blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = self._num_threads, 1, 1
@@ -80,6 +98,30 @@ def _constant(module: Any, name: str) -> int:
     return value.value
 
 
+def compiling(
+    path: Path,
+    headers: Sequence[Path] = (),
+    *,
+    architecture: str,
+    defines: Mapping[str, int],
+) -> Callable[[], bytes]:
+    """`compiled` in another thread, begun once a process: what gives its cubin, blocking until it
+    is there."""
+    return _begun(path, tuple(headers), architecture, tuple(defines.items())).result
+
+
+@functools.cache
+def _begun(
+    path: Path,
+    headers: tuple[Path, ...],
+    architecture: str,
+    defines: tuple[tuple[str, int], ...],
+) -> Future[bytes]:
+    return _compilers.submit(
+        compiled, path, headers, architecture=architecture, defines=dict(defines)
+    )
+
+
 def compiled(
     path: Path,
     headers: Sequence[Path] = (),
@@ -97,22 +139,26 @@ def compiled(
     key = hashlib.sha256(
         "\0".join((source, *included.values(), *options, str(version))).encode()
     ).hexdigest()
-    cached = _CACHE / f"{path.stem}-{key[:32]}.cubin"
+    name = f"{path.stem}-{key[:32]}.cubin"
     # Without a cache every start compiles: slower, and nothing is lost. RuntimeError: no home.
     with contextlib.suppress(OSError, RuntimeError):
-        kept = cached.expanduser().read_bytes()
+        kept = (_cache() / name).read_bytes()
         cubin, digest = kept[:-_DIGEST_BYTES], kept[-_DIGEST_BYTES:]
         # A file may be damaged: a machine that lost its power left it empty or cut off.
         if hashlib.sha256(cubin).digest() == digest:
             return cubin
     cubin, _ = compile_source(source, path.name, options, included)
     with contextlib.suppress(OSError, RuntimeError):
-        folder = _CACHE.expanduser()
+        folder = _cache()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             file.write(cubin + hashlib.sha256(cubin).digest())
-        os.replace(file.name, folder / cached.name)
+        os.replace(file.name, folder / name)
     return cubin
+
+
+def _cache() -> Path:
+    return cache_folder() / "kernels"
 
 
 def options_for(architecture: str, defines: Mapping[str, int]) -> list[str]:

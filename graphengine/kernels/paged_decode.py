@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from graphengine.kernels.launch import early_launch, enter_early
+from graphengine.kernels.launch import early_launch, enter_early, launch
 
 # Positions that a program loads at a time, alone with its row or beside other splits of it: many
 # rows hide a long wait for memory, a few cannot. And how many loads ahead.
@@ -60,7 +60,9 @@ def paged_decode(
         partial_out = partial_stats = out
     # Not while `rope_and_cache` still runs where there are many rows: no gain (perf/LOG.md).
     early = early_launch(q, num_rows)
-    _paged_decode_kernel[(num_kv_heads, num_splits, num_rows)](
+    launch(
+        _paged_decode_kernel,
+        (num_kv_heads, num_splits, num_rows),
         q,
         k_cache,
         v_cache,
