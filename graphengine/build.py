@@ -17,7 +17,7 @@ from graphengine.kernels import kernels_for
 from graphengine.kernels.ahead import compiled_ahead
 from graphengine.kv_cache import KVCache
 from graphengine.metrics import Laps
-from graphengine.model import DecoderModel
+from graphengine.model import DecoderModel, layers_to_try
 from graphengine.model_runner import ModelRunner
 from graphengine.resolve import Resolved
 from graphengine.sequence_table import SequenceTable
@@ -86,12 +86,11 @@ def _kernels_compiling(resolved: Resolved, streams: Streams, laps: Laps) -> Iter
 
 
 def rehearse(resolved: Resolved, streams: Streams) -> None:
-    """Runs every kind of step there is, on the null block, by a model of as few layers as launch
-    all that its layers launch, with weights nobody has set. Blocks until done."""
+    """Runs every kind of step there is, on the null block, by a model of few layers, with weights
+    nobody has set. Blocks until done."""
     model_config = resolved.model_config
-    windows = tuple(dict.fromkeys(model_config.sliding_windows))
-    if len(windows) < 2 <= model_config.num_layers:
-        windows *= 2  # what lies between two layers
+    windows = model_config.sliding_windows
+    windows = tuple(windows[index] for index in layers_to_try(windows))
     model_config = dataclasses.replace(
         model_config, num_layers=len(windows), sliding_windows=windows
     )

@@ -6,6 +6,8 @@ Letters: N tokens, n rows, E hidden, V vocab.
 from __future__ import annotations
 
 import contextlib
+import copy
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -69,6 +71,13 @@ class PrefillBuffers:
             qkv=self.qkv[:num_tokens],
             attended=self.attended[:num_tokens],
         )
+
+
+def layers_to_try(windows: Sequence[int | None]) -> list[int]:
+    """Indices of as few layers as launch all kernels that any of them do, and need as much memory:
+    one of each window, and two where there are, for what lies between layers."""
+    tried = {window: index for index, window in reversed(list(enumerate(windows)))}
+    return sorted({*tried.values(), *range(min(2, len(windows)))})
 
 
 class DecoderModel(nn.Module):
@@ -152,7 +161,8 @@ class DecoderModel(nn.Module):
                 return self._chained(chain, input_ids, positions, kv, metadata)
         residual = F.embedding(input_ids, self.embed_tokens)
         layers: list[DecoderLayer] = list(self.layers)  # type: ignore[arg-type]
-        *before, last = zip(layers, kv.k, kv.v, strict=True)
+        # A model `of_few_layers` leaves some of the cache alone.
+        *before, last = zip(layers, kv.k, kv.v, strict=False)
         added: Tensor | None = None
         for layer, k_cache, v_cache in before:
             added = layer(added, residual, positions, self._cos_sin, k_cache, v_cache, metadata)
@@ -257,6 +267,15 @@ class DecoderModel(nn.Module):
             q = chain.between(index, attended, positions, layer, following, *caches, metadata)
         attended = layers[-1].decode_attention(q, kv.k[-1], kv.v[-1], metadata)
         return chain.end(attended, layers[-1], self.norm)
+
+    def of_few_layers(self) -> DecoderModel:
+        """The same weights, but only the layers that `layers_to_try` gives. A prefill by it takes
+        as much memory."""
+        few = copy.copy(self)
+        layers: list[DecoderLayer] = list(self.layers)  # type: ignore[arg-type]
+        tried = [layers[index] for index in layers_to_try([layer.window for layer in layers])]
+        few._modules = {**self._modules, "layers": nn.ModuleList(tried)}
+        return few
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Within it the model may decode. Raises BusyError where another of this process does,

@@ -140,10 +140,10 @@ class ModelRunner:
         batch: PrefillBatch,
         out: torch.Tensor,
         *,
-        may_replay: bool = True,
+        trial: DecoderModel | None = None,
     ) -> None:
         """Runs a ragged prefill, its tokens padded if it has a bucket; out: int64 [S] gets one
-        token for each sequence. may_replay: else nothing of it is replayed from a graph."""
+        token for each sequence. trial: the model to run instead, of which nothing is captured."""
         n = len(batch.rows)
         with torch.inference_mode():
             metadata = prefill_metadata(
@@ -156,9 +156,10 @@ class ModelRunner:
             num_tokens = _num_tokens(batch)
             if (padded := self._padded(num_tokens)) is not None:
                 graphs, _ = padded
-                hidden = graphs.run(dict(tokens), num_tokens, metadata, may_replay=may_replay)
+                hidden = graphs.run(dict(tokens), num_tokens, metadata, trial=trial)
             else:
-                hidden = self._model(tokens["input_ids"], tokens["positions"], self._kv, metadata)
+                model = trial or self._model
+                hidden = model(tokens["input_ids"], tokens["positions"], self._kv, metadata)
             rows = {name: view[:n] for name, view in sequences.items()}
             self._sample(hidden, rows["last_positions"], rows["seq_indices"], rows, out)
 
@@ -216,14 +217,14 @@ class ModelRunner:
         return Launched(batch, lambda: cast(TokenIds, self._runner.wait(step)[TOKEN_IDS]))
 
     def _launch_prefill(
-        self, batch: PrefillBatch, table: SequenceTable, *, may_replay: bool = True
+        self, batch: PrefillBatch, table: SequenceTable, *, trial: DecoderModel | None = None
     ) -> Launched:
         num_sequences = len(batch.rows)
         num_tokens = _num_tokens(batch)
         num_rows = num_tokens
         if (padded := self._padded(num_tokens)) is not None:
             graphs, num_rows = padded
-            if may_replay:
+            if trial is None:
                 graphs.prepare(num_rows)
         layouts = self._prefill_layout.layouts(num_rows, num_sequences)
         bank = self._prefill_banks.open()
@@ -234,7 +235,7 @@ class ModelRunner:
         def run(part: BankPart) -> None:
             tokens, sequences = _views(layouts, part.device_in, Layout.views)
             out = part.device_out.view(torch.int64)
-            self.prefill(tokens, sequences, batch, out, may_replay=may_replay)
+            self.prefill(tokens, sequences, batch, out, trial=trial)
 
         def wait() -> TokenIds:
             self._prefill_banks.wait(bank)
@@ -250,8 +251,8 @@ class ModelRunner:
     def run_largest_steps(self, table: SequenceTable, *, max_context: int) -> None:
         """Runs the largest steps there are, on the null block only: what memory they take is what
         any step takes at most. A prefill of many short prompts, one of the last chunk of a prompt
-        of `max_context` tokens, the largest whose MLP is cuBLAS's, and a decode step of every row.
-        Blocks until done."""
+        of `max_context` tokens, the largest whose MLP is cuBLAS's, all by few layers, and a decode
+        step of every row. Blocks until done."""
         num_tokens, _ = self._max_prefill
         self._run_null_prefills(table, num_tokens)
         start = max(0, max_context - num_tokens)
@@ -300,7 +301,7 @@ class ModelRunner:
         samples = np.zeros(len(ends), np.bool_)
         batch = PrefillBatch(null, null, starts, ends, samples)
         # A graph has memory of its own, but not every prefill of its size will find it captured.
-        self._launch_prefill(batch, table, may_replay=False).wait()
+        self._launch_prefill(batch, table, trial=self._model.of_few_layers()).wait()
 
 
 def _num_tokens(batch: PrefillBatch) -> int:

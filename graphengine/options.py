@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import os.path
 from typing import Annotated
 
 import typer
 
-from graphengine.cache_folder import cache_folder
 from graphengine.config import ATTENTION, DEVICES, DTYPES, LOAD_FORMATS
 from graphengine.errors import ConfigError
 
@@ -106,15 +105,15 @@ def parse_ids(values: list[str]) -> tuple[int, ...]:
 def environment_defaults() -> dict[str, str]:
     """What libraries are told, where the user does not tell them otherwise, before torch is
     imported."""
-    defaults = {
+    return {
         # Its warnings are for callers of transformers; what matters here is an error of our own.
         "TRANSFORMERS_VERBOSITY": "error",
         # torch's threads sleep while they wait: where other programs want the cores too, spinning
         # ones made the demo 50 times slower on a CPU.
         "OMP_WAIT_POLICY": "PASSIVE",
-    }
-    with contextlib.suppress(RuntimeError):  # no home
         # flash-attn 4 keeps what it compiled; by itself in /tmp, where others may write.
-        defaults["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] = str(cache_folder() / "flash-attn-4")
-        defaults["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"
-    return defaults
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
+        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": os.path.expanduser(
+            "~/.cache/graphengine/flash-attn-4"
+        ),
+    }

@@ -110,22 +110,23 @@ class PrefillGraphs:
         num_tokens: int,
         metadata: PrefillMetadata,
         *,
-        may_replay: bool = True,
+        trial: DecoderModel | None = None,
     ) -> Tensor:
         """As DecoderModel.forward, [S, E]. inputs: those of PrefillBuffers.inputs, [T], a bucket's,
-        of which the first num_tokens mean something."""
+        of which the first num_tokens mean something. trial: see ModelRunner.prefill."""
+        model = trial or self._model
         bucket = len(inputs["input_ids"])
         buffers = self._largest.head(bucket)
         for name, to in buffers.inputs.items():
             self._streams.copy(COMPUTE, to, inputs[name], f"prefill.{name}")
-        captured = self._captured.get(bucket) if may_replay else None
-        pieces = captured or [Called(step) for step in self._steps(bucket)]
+        captured = self._captured.get(bucket) if trial is None else None
+        pieces = captured or [Called(step) for step in self._steps(model, bucket)]
         pieces[0].replay()
         for index, piece in enumerate(pieces[1:]):
-            self._model.prefill_attention(index, buffers, num_tokens, self._kv, metadata)
+            model.prefill_attention(index, buffers, num_tokens, self._kv, metadata)
             piece.replay()
-        heads = self._model.prefill_heads(buffers, num_tokens)
-        return self._model.finish_prefill(heads, buffers.residual, self._kv, metadata)
+        heads = model.prefill_heads(buffers, num_tokens)
+        return model.finish_prefill(heads, buffers.residual, self._kv, metadata)
 
     def close(self) -> None:
         """Frees the graphs. Nothing may be running."""
@@ -155,19 +156,21 @@ class PrefillGraphs:
         with self._streams.on(COMPUTE):
             for tensor in self._largest.head(bucket).inputs.values():
                 tensor.zero_()
-        return [capture(step, self._streams, self._pool) for step in self._steps(bucket)]
+        return [
+            capture(step, self._streams, self._pool) for step in self._steps(self._model, bucket)
+        ]
 
-    def _steps(self, bucket: int) -> list[Callable[[], None]]:
+    def _steps(self, model: DecoderModel, bucket: int) -> list[Callable[[], None]]:
         buffers = self._largest.head(bucket)
 
         def step(index: int) -> Callable[[], None]:
             def piece() -> None:
                 with torch.inference_mode():
-                    self._model.prefill_piece(index, buffers, self._kv)
+                    model.prefill_piece(index, buffers, self._kv)
 
             return piece
 
-        return [step(index) for index in range(len(self._model.layers))]
+        return [step(index) for index in range(len(model.layers))]
 
 
 def _free_bytes(streams: Streams) -> int:

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-from graphengine.cache_folder import cache_folder
-
 _PACKAGES = ("torch", "triton", "flash-attn", "transformers", "numpy")
 _QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 # Of the sum, back to back between two waits for the device.
@@ -57,7 +55,7 @@ def read_bandwidth(cache: Path | None = None) -> float:
 
     Measured once and kept in `cache` by device, torch version and way of measuring."""
     key = f"{device_name()} / {_cpu_name()} / torch {torch.__version__} / {_PASSES} passes"
-    cache = cache or cache_folder() / "bandwidth.json"
+    cache = cache or Path.home() / ".cache" / "graphengine" / "bandwidth.json"
     known: dict[str, float] = {}
     if cache.is_file():
         try:

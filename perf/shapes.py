@@ -67,6 +67,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": 64,
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "hidden_act": "silu",

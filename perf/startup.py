@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import site
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from graphengine.errors import GraphEngineError
+from graphengine.hub import resolve_model
 from perf.figures import Figure, merge
 
 
@@ -22,7 +24,8 @@ def measure_startup(model: str | None, shape: str, folder: Path, *, repeats: int
     # Imported here: torch comes with it, and the processes measured import this module.
     from perf.checkpoint import write_checkpoint
 
-    path = Path(model) if model else write_checkpoint(shape, folder)
+    # A hub's cache is where HOME says; so the processes are given a directory.
+    path = resolve_model(model) if model else write_checkpoint(shape, folder)
     figures: dict[str, Figure] = {}
     detail: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as warm:
@@ -50,10 +53,15 @@ def measure_startup(model: str | None, shape: str, folder: Path, *, repeats: int
 def _start(path: Path, caches: str) -> dict[str, Any]:
     """Seconds since the process was started, by milestone, and its own phases. caches: folder for
     the kernels that Triton compiles, and those that the engine does."""
+    environment = {
+        "HOME": caches,
+        "TRITON_CACHE_DIR": f"{caches}/triton",
+        "PYTHONUSERBASE": site.getuserbase(),  # by itself it would follow HOME
+    }
     began = time.time()
     done = subprocess.run(
         [sys.executable, "-m", "perf.startup", str(path)],
-        env=os.environ | {"TRITON_CACHE_DIR": f"{caches}/triton", "XDG_CACHE_HOME": caches},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,

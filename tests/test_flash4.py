@@ -315,7 +315,7 @@ def test_compiled_kernels_are_kept_in_the_users_own_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """By itself flash-attn 4 loads machine code from /tmp, where others may have put it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
     told = environment_defaults()
     assert told["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
     assert Path(told["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"]).is_relative_to(tmp_path)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
+import ctypes
 import hashlib
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,15 +17,15 @@ import torch
 if sys.platform != "linux":
     pytest.skip("cuda-bindings is for Linux here, as in torch", allow_module_level=True)
 
-from graphengine.kernels import nvrtc  # after the skip: imports cuda-bindings
+from graphengine.kernels import ahead, nvrtc  # after the skip: imports cuda-bindings
 
 SOURCE = 'extern "C" __global__ void fill(int* out) { out[threadIdx.x] = VALUE; }'
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "graphengine" / "kernels"
+    monkeypatch.setattr(nvrtc, "_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -77,7 +80,6 @@ def test_another_compiler_compiles_anew(
 
 
 def test_cache_that_cannot_be_written_costs_time_only(cache: Path, source: Path) -> None:
-    cache.parent.mkdir()
     cache.write_text("a file where the folder should be")
     assert compiled(source).startswith(b"\x7fELF")
 
@@ -87,8 +89,7 @@ def test_user_without_a_home_has_no_cache(source: Path, tmp_path: Path) -> None:
     code = f"""
         import os, pwd
         from pathlib import Path
-        for name in ("HOME", "XDG_CACHE_HOME"):
-            os.environ.pop(name, None)
+        del os.environ["HOME"]
         pwd.getpwuid = lambda uid: {{}}["no such user"]
         os.chdir({str(tmp_path)!r})
         from graphengine.kernels import nvrtc
@@ -114,3 +115,46 @@ def test_memory_that_runs_out_is_told_apart() -> None:
         nvrtc.checked((nvrtc.driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY,))
     with pytest.raises(nvrtc.CompileError, match="CUDA_ERROR_INVALID_IMAGE"):
         nvrtc.checked((nvrtc.driver.CUresult.CUDA_ERROR_INVALID_IMAGE,))
+
+
+# --- beside other work
+
+
+def test_kernel_compiles_in_another_thread_once(cache: Path, source: Path) -> None:
+    threads: list[threading.Thread] = []
+    compile_source = nvrtc.compile_source
+
+    def watched(*args: object) -> tuple[bytes, str]:
+        threads.append(threading.current_thread())
+        return compile_source(*args)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nvrtc, "compile_source", watched)
+        wanted = [
+            nvrtc.compiling(source, architecture="sm_90a", defines={"VALUE": value})
+            for value in (1, 1, 2)
+        ]
+        cubins = [cubin() for cubin in wanted]
+    assert cubins[0] == cubins[1] == compiled(source)
+    assert cubins[2] == compiled(source, value=2)
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
+
+
+def test_kernel_is_neither_launched_nor_waited_for_in_a_rehearsal() -> None:
+    def waits_for_it() -> bytes:
+        raise TimeoutError
+
+    kernel = nvrtc.Kernel(waits_for_it, "fill")
+    params = ctypes.create_string_buffer(64)
+
+    def launch() -> None:
+        kernel.launch(params, num_blocks=1, stream=0, early=False)
+
+    def rehearse() -> None:
+        ahead._wanted.set([])
+        launch()
+
+    contextvars.copy_context().run(rehearse)
+    with pytest.raises(TimeoutError):
+        launch()

@@ -70,11 +70,11 @@ class _Loading(Executor):
     def __init__(self, pool: Executor) -> None:
         self._pool = pool
 
-    def submit(self, compile: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
-        return self._pool.submit(_loaded, compile)
+    def submit(self, compiles: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
+        return self._pool.submit(_loaded, compiles)
 
 
-def _loaded(compile: Callable[[], Any]) -> Any:
-    kernel = compile()
+def _loaded(compiles: Callable[[], Any]) -> Any:
+    kernel = compiles()
     kernel[(1, 1, 1)]  # what would launch it, made and not called
     return kernel

@@ -22,12 +22,11 @@ import torch
 from cuda.bindings import driver, nvrtc
 from torch import Tensor
 
-from graphengine.cache_folder import cache_folder
 from graphengine.kernels import ahead
 
+_CACHE = Path("~/.cache/graphengine/kernels")
 _DIGEST_BYTES = hashlib.sha256().digest_size
-# Five kernels of a model at most; the compiler works outside Python.
-_compilers = ThreadPoolExecutor(5, thread_name_prefix="nvrtc")
+_NUM_COMPILERS = 5  # a model has as many kernels at most
 
 
 class CompileError(RuntimeError):
@@ -117,9 +116,14 @@ def _begun(
     architecture: str,
     defines: tuple[tuple[str, int], ...],
 ) -> Future[bytes]:
-    return _compilers.submit(
+    return _compilers().submit(
         compiled, path, headers, architecture=architecture, defines=dict(defines)
     )
+
+
+@functools.cache
+def _compilers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_NUM_COMPILERS)
 
 
 def compiled(
@@ -139,26 +143,22 @@ def compiled(
     key = hashlib.sha256(
         "\0".join((source, *included.values(), *options, str(version))).encode()
     ).hexdigest()
-    name = f"{path.stem}-{key[:32]}.cubin"
+    cached = _CACHE / f"{path.stem}-{key[:32]}.cubin"
     # Without a cache every start compiles: slower, and nothing is lost. RuntimeError: no home.
     with contextlib.suppress(OSError, RuntimeError):
-        kept = (_cache() / name).read_bytes()
+        kept = cached.expanduser().read_bytes()
         cubin, digest = kept[:-_DIGEST_BYTES], kept[-_DIGEST_BYTES:]
         # A file may be damaged: a machine that lost its power left it empty or cut off.
         if hashlib.sha256(cubin).digest() == digest:
             return cubin
     cubin, _ = compile_source(source, path.name, options, included)
     with contextlib.suppress(OSError, RuntimeError):
-        folder = _cache()
+        folder = _CACHE.expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             file.write(cubin + hashlib.sha256(cubin).digest())
-        os.replace(file.name, folder / name)
+        os.replace(file.name, folder / cached.name)
     return cubin
-
-
-def _cache() -> Path:
-    return cache_folder() / "kernels"
 
 
 def options_for(architecture: str, defines: Mapping[str, int]) -> list[str]:
