@@ -53,7 +53,9 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._waiting: deque[Sequence] = deque()
         self._waiting_tokens = 0
-        # seq_idx in arrival order, oldest first. A line is in exactly one of these three.
+        # seq_idx. A line is in exactly one of these three.
+        # Running: longest first, equals by arrival. Attention starts its programs in this order,
+        # and a long one that starts last is waited for alone. All grow alike, so it stays so.
         self._running: Rows = np.empty(0, np.int64)
         self._prefilling: deque[int] = deque()  # prompt begun, more chunks to come
         self._preempted: list[tuple[int, int]] = []  # (arrival, seq_idx)
@@ -108,11 +110,13 @@ class Scheduler:
         at = table.num_tokens[rows]
         table.token_ids[rows, at] = ids
         table.num_tokens[rows] = at + 1
-        # Place by place, and no more than are in use: rows first would cost three times that.
-        stop_ids = table.stop_ids.T[: table.num_stop_places].take(rows, axis=1)
-        stopped = (stop_ids == ids).any(axis=0)
-        stopped &= table.has_stop_ids[rows] & (at >= table.min_total[rows])
         full = at + 1 == table.max_total[rows]
+        stopped = np.zeros(len(rows), np.bool_)
+        if table.num_stop_places:
+            # Place by place, and no more than are in use: rows first would cost three times that.
+            stop_ids = table.stop_ids.T[: table.num_stop_places].take(rows, axis=1)
+            stopped = (stop_ids == ids).any(axis=0)
+            stopped &= table.has_stop_ids[rows] & (at >= table.min_total[rows])
         ended = stopped | full
         finished: list[Sequence] = []
         if not ended.any():
@@ -184,7 +188,8 @@ class Scheduler:
         self._idle_rows = 0
         rows, starts, ends, samples = (np.array(column) for column in zip(*entries, strict=True))
         started = np.concatenate([self._running, rows[samples]])
-        self._running = started[np.argsort(table.arrivals[started])]
+        order = np.lexsort((table.arrivals[started], -table.num_computed[started]))
+        self._running = started[order]
         return PrefillBatch(rows, table.epochs[rows], starts, ends, samples)
 
     def _admit(self) -> bool:
@@ -226,10 +231,11 @@ class Scheduler:
         if 0 < len(full) <= blocks.num_free:
             table.give_block_each(full, blocks.allocate(len(full)))
             full = full[:0]
-        candidates = rows.tolist() if len(full) else []
+        # The one that arrived last gives up its own.
+        candidates = rows[np.argsort(table.arrivals[rows])].tolist() if len(full) else []
         for idx in full.tolist():
             while idx not in preempted and blocks.num_free == 0:
-                victim = candidates.pop()  # the one that arrived last
+                victim = candidates.pop()
                 self._preempt(victim)
                 preempted.add(victim)
             if idx not in preempted:
@@ -238,9 +244,6 @@ class Scheduler:
             rows = rows[~np.isin(rows, list(preempted))]
         if len(rows) == 0:
             return None
-        # Longest first: attention starts its programs in this order, and a long one that starts
-        # last is waited for alone.
-        rows = rows[np.argsort(-table.num_computed[rows], kind="stable")]
         table.num_computed[rows] += 1
         table.num_launched[rows] += 1
         return DecodeBatch(rows, table.epochs[rows])

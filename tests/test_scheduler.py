@@ -731,3 +731,23 @@ def test_decode_rows_are_longest_first_whoever_came_first() -> None:
     assert isinstance(batch, DecodeBatch)
     sequences = [table.sequences[idx] for idx in batch.rows.tolist()]
     assert [sequence.index for sequence in sequences if sequence] == [1, 3, 0, 2]
+
+
+def test_decode_rows_stay_longest_first_whatever_comes_and_goes() -> None:
+    """Equals by arrival: a resumed job's rows are then in the order they had."""
+    rig = Rig(max_num_seqs=6, num_blocks=9, max_model_len=32)
+    made = [make_sequence(i, prompt_of(i, 1 + i * 5 % 7), max_tokens=6 + i % 11) for i in range(40)]
+    waiting = list(made)
+    num_decodes = 0
+    while waiting or rig.scheduler.has_work:
+        if waiting and num_decodes % 3 == 0:
+            rig.add(waiting.pop(0))
+        batch = rig.schedule()
+        if isinstance(batch, DecodeBatch):
+            num_decodes += 1
+            places = [(-rig.table.num_computed[idx], rig.table.arrivals[idx]) for idx in batch.rows]
+            assert places == sorted(places)
+        if batch is not None:
+            rig.commit()
+    assert rig.scheduler.num_preemptions > 0
+    assert wrong(made) == []
