@@ -67,7 +67,7 @@ class StepClock:
         self._spare: list[_Entry] = []
         # Of each stream, the last entry read and where it ended.
         self._last: dict[str, tuple[_Entry, float]] = {}
-        self._anchor = streams.event("anchor")
+        self._anchor = streams.event("anchor", timed=True)
         self.reset()
 
     def begin(self, label: str, stream: str = COMPUTE) -> None:
@@ -75,7 +75,8 @@ class StepClock:
             entry = self._spare.pop()
             entry.label = label
         else:
-            entry = _Entry(label, self._streams.event("start"), self._streams.event("end"))
+            start, end = (self._streams.event(name, timed=True) for name in ("start", "end"))
+            entry = _Entry(label, start, end)
         self._streams.record(entry.start, stream)
         self._pending[stream].append(entry)
 

@@ -27,7 +27,7 @@ class Event(Protocol):
         """Whether the last recording has passed. Never blocks."""
 
     def elapsed_ms(self, end: Event) -> float:
-        """Milliseconds from this recording to `end`'s. Both must have passed."""
+        """Milliseconds from this recording to `end`'s. Both are timed and must have passed."""
 
 
 class Streams(Protocol):
@@ -35,7 +35,8 @@ class Streams(Protocol):
 
     device: torch.device
 
-    def event(self, name: str) -> Event: ...
+    def event(self, name: str, *, timed: bool = False) -> Event:
+        """timed: `elapsed_ms` will be asked; recording it takes longer."""
 
     def record(self, event: Event, stream: str) -> None: ...
 
@@ -57,9 +58,9 @@ class Streams(Protocol):
 
 
 class _CudaEvent:
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, timed: bool) -> None:
         self.name = name
-        self.cuda = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self.cuda = torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]
 
     def synchronize(self) -> None:
         self.cuda.synchronize()
@@ -120,8 +121,8 @@ class CudaStreams:
             raise RuntimeError("torch gave the same CUDA stream twice; too many streams in use")
         self._handles = {name: stream.cuda_stream for name, stream in self._streams.items()}
 
-    def event(self, name: str) -> Event:
-        return _CudaEvent(name)
+    def event(self, name: str, *, timed: bool = False) -> Event:
+        return _CudaEvent(name, timed=timed)
 
     def record(self, event: Event, stream: str) -> None:
         assert isinstance(event, _CudaEvent)
@@ -154,8 +155,9 @@ class CudaStreams:
 
 
 class _CpuEvent:
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, timed: bool) -> None:
         self.name = name
+        self.timed = timed
         self.at_s = 0.0
 
     def synchronize(self) -> None:
@@ -166,6 +168,8 @@ class _CpuEvent:
 
     def elapsed_ms(self, end: Event) -> float:
         assert isinstance(end, _CpuEvent)
+        assert self.timed
+        assert end.timed
         return 1e3 * (end.at_s - self.at_s)
 
 
@@ -188,8 +192,8 @@ class CpuStreams:
         if self._log is not None:
             self._log.append((stream, verb, name))
 
-    def event(self, name: str) -> Event:
-        return _CpuEvent(name)
+    def event(self, name: str, *, timed: bool = False) -> Event:
+        return _CpuEvent(name, timed=timed)
 
     def record(self, event: Event, stream: str) -> None:
         assert isinstance(event, _CpuEvent)

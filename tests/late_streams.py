@@ -35,7 +35,7 @@ class LateStreams(CpuStreams):
         self.queues: dict[str, list[Callable[[], None]]] = {}
         self.done: dict[str, int] = {}
 
-    def event(self, name: str) -> _LateEvent:
+    def event(self, name: str, *, timed: bool = False) -> _LateEvent:
         return _LateEvent(self, name)
 
     def record(self, event: _LateEvent, stream: str) -> None:

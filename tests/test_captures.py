@@ -343,8 +343,8 @@ class LoggingStreams(CpuStreams):
         super().__init__(log)
         self.log = log
 
-    def event(self, name: str) -> Any:
-        event: Any = super().event(name)
+    def event(self, name: str, *, timed: bool = False) -> Any:
+        event: Any = super().event(name, timed=timed)
         event.synchronize = lambda: self.log.append(("host", "sync", name))
         return event
 
@@ -621,9 +621,9 @@ def test_clock_recycles_its_events() -> None:
     class Counting(CpuStreams):
         num_events = 0
 
-        def event(self, name: str) -> Any:
+        def event(self, name: str, *, timed: bool = False) -> Any:
             self.num_events += 1
-            return super().event(name)
+            return super().event(name, timed=timed)
 
     streams = Counting()
     clock = StepClock(streams)
