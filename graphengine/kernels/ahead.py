@@ -70,11 +70,11 @@ class _Loading(Executor):
     def __init__(self, pool: Executor) -> None:
         self._pool = pool
 
-    def submit(self, compiles: Callable[[], Any], /) -> Future[Any]:  # type: ignore[override]
-        return self._pool.submit(_loaded, compiles)
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        return self._pool.submit(_loaded, fn, *args, **kwargs)
 
 
-def _loaded(compiles: Callable[[], Any]) -> Any:
-    kernel = compiles()
+def _loaded(compiles: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    kernel = compiles(*args, **kwargs)
     kernel[(1, 1, 1)]  # what would launch it, made and not called
     return kernel
