@@ -100,6 +100,7 @@ def rehearse(resolved: Resolved, streams: Streams) -> None:
     runner = _make_runner(resolved, model, streams, StepClock(streams), 0, resolved.ladder)
     runner.run_all_kinds_of_steps(make_table(resolved), max_context=context_to_try(resolved))
     runner.close()
+    del model
     if resolved.device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -133,8 +134,7 @@ def make_table(resolved: Resolved) -> SequenceTable:
 def context_to_try(resolved: Resolved) -> int:
     """Length of the prompt whose last chunk takes as much memory as that of any. flash-attn 2 reads
     the cache in place and allocates by queries, or little for single ones, so that a little context
-    tells all; 128K tokens of it would take an 8B model seconds. Other backends gather or copy what
-    they read."""
+    tells all, in less time. Other backends gather or copy what they read."""
     if resolved.attention.name != FlashAttention.name:
         return resolved.max_model_len
     return min(resolved.max_model_len, resolved.config.max_num_batched_tokens + resolved.block_size)

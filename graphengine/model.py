@@ -75,9 +75,10 @@ class PrefillBuffers:
 
 def layers_to_try(windows: Sequence[int | None]) -> list[int]:
     """Indices of as few layers as launch all kernels that any of them do, and need as much memory:
-    one of each window, and two where there are, for what lies between layers."""
-    tried = {window: index for index, window in reversed(list(enumerate(windows)))}
-    return sorted({*tried.values(), *range(min(2, len(windows)))})
+    the first of each window, and the last, which prefills few tokens (see `finish_prefill`)."""
+    last = len(windows) - 1
+    first = {window: index for index, window in reversed(list(enumerate(windows[:last])))}
+    return sorted({*first.values(), last})
 
 
 class DecoderModel(nn.Module):

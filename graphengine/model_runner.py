@@ -258,19 +258,18 @@ class ModelRunner:
         start = max(0, max_context - num_tokens)
         self._run_null_prefill(table, np.array([start]), np.array([max_context]))
         # cuBLAS leaves more between gate, up and SiLU than our own kernel.
-        while num_tokens > 0 and not self._is_left_to_cublas(num_tokens):
-            num_tokens -= 1
-        if 0 < num_tokens < self._max_prefill[0]:
-            self._run_null_prefills(table, num_tokens)
+        self._run_null_prefills(table, self._largest_prefill(is_left_to_cublas=True))
         # Kernels of few tokens start early, which is another variant of each.
         if self._padded(1) is None:
             self._run_null_prefill(table, np.array([0]), np.array([1]))
         self._run_null_decode(self._runner.ladder.max_rows)
 
     def run_all_kinds_of_steps(self, table: SequenceTable, *, max_context: int) -> None:
-        """As run_largest_steps; then a decode step, and a prefill, of each bucket."""
+        """As run_largest_steps; then the largest prefill whose MLP is our own kernel's, and a
+        decode step, and a prefill, of each bucket."""
         self.run_largest_steps(table, max_context=max_context)
-        for num_rows in self._runner.ladder.sizes:
+        self._run_null_prefills(table, self._largest_prefill(is_left_to_cublas=False))
+        for num_rows in self._runner.ladder.sizes[:-1]:
             self._run_null_decode(num_rows)
         if self._prefill_graphs is not None:
             for num_tokens in self._prefill_graphs.ladder.sizes:
@@ -283,14 +282,22 @@ class ModelRunner:
         self._runner.launch(step)
         self._runner.wait(step)
 
-    def _is_left_to_cublas(self, num_tokens: int) -> bool:
-        config = self._model.config
-        padded = self._padded(num_tokens)
-        rows = padded[1] if padded is not None else num_tokens
-        return gated_features(rows, config.intermediate_size, config.hidden_size) is None
+    def _largest_prefill(self, *, is_left_to_cublas: bool) -> int:
+        """Tokens of the largest whose gate and up are; 0 where there is none, or it is the largest
+        of all."""
+        config, (most, _) = self._model.config, self._max_prefill
+        for num_tokens in range(most, 0, -1):
+            padded = self._padded(num_tokens)
+            rows = padded[1] if padded is not None else num_tokens
+            features = gated_features(rows, config.intermediate_size, config.hidden_size)
+            if (features is None) == is_left_to_cublas:
+                return num_tokens if num_tokens < most else 0
+        return 0
 
     def _run_null_prefills(self, table: SequenceTable, num_tokens: int) -> None:
-        """Of as many prompts as may be."""
+        """Of as many prompts as may be; none of no tokens."""
+        if num_tokens == 0:
+            return
         ends = np.full(min(self._max_prefill[1], num_tokens), 0)
         ends += num_tokens // len(ends)
         ends[: num_tokens % len(ends)] += 1

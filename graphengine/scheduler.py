@@ -55,7 +55,8 @@ class Scheduler:
         self._waiting_tokens = 0
         # seq_idx. A line is in exactly one of these three.
         # Running: longest first, equals by arrival. Attention starts its programs in this order,
-        # and a long one that starts last is waited for alone. All grow alike, so it stays so.
+        # and a long one that starts last is waited for alone. All that are in steps grow alike, so
+        # a step's rows stay in order.
         self._running: Rows = np.empty(0, np.int64)
         self._prefilling: deque[int] = deque()  # prompt begun, more chunks to come
         self._preempted: list[tuple[int, int]] = []  # (arrival, seq_idx)

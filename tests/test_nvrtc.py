@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import ctypes
 import hashlib
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +120,11 @@ def test_memory_that_runs_out_is_told_apart() -> None:
 # --- beside other work
 
 
+def kernel_of(source: Path, value: int = 1, device: int = 0) -> nvrtc.Kernel:
+    defines = {"VALUE": value}
+    return nvrtc.kernel("fill", source, architecture="sm_90a", defines=defines, device=device)
+
+
 def test_kernel_compiles_in_another_thread_once(cache: Path, source: Path) -> None:
     threads: list[threading.Thread] = []
     compile_source = nvrtc.compile_source
@@ -130,31 +135,55 @@ def test_kernel_compiles_in_another_thread_once(cache: Path, source: Path) -> No
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nvrtc, "compile_source", watched)
-        wanted = [
-            nvrtc.compiling(source, architecture="sm_90a", defines={"VALUE": value})
-            for value in (1, 1, 2)
-        ]
-        cubins = [cubin() for cubin in wanted]
+        kernels = [kernel_of(source), kernel_of(source), kernel_of(source, value=2)]
+        cubins = [kernel._cubin() for kernel in kernels]
+    assert kernels[0] is kernels[1]
+    assert kernels[0] is not kernel_of(source, device=1)
     assert cubins[0] == cubins[1] == compiled(source)
     assert cubins[2] == compiled(source, value=2)
     assert len(threads) == 2
     assert threading.main_thread() not in threads
 
 
-def test_kernel_is_neither_launched_nor_waited_for_in_a_rehearsal() -> None:
-    def waits_for_it() -> bytes:
-        raise TimeoutError
+def test_header_is_compiled_in(cache: Path, source: Path, tmp_path: Path) -> None:
+    header = tmp_path / "seven.cuh"
+    header.write_text("#define VALUE 7")
+    source.write_text('#include "seven.cuh"\n' + SOURCE)
+    kernel = nvrtc.kernel(
+        "fill", source, (header,), architecture="sm_90a", defines={"OTHER": 1}, device=0
+    )
+    assert kernel._cubin().startswith(b"\x7fELF")
 
-    kernel = nvrtc.Kernel(waits_for_it, "fill")
+
+def test_kernel_that_does_not_compile_is_tried_again(cache: Path, source: Path) -> None:
+    """A start that failed, for want of memory say, is not the last one's."""
+    source.write_text("\n__device__ int x = nothing;")
+    kernel = kernel_of(source)
+    for _ in range(2):
+        with pytest.raises(nvrtc.CompileError, match="nothing"):
+            kernel.load()
+    source.write_text(SOURCE)
+    assert kernel._cubin() == compiled(source)
+
+
+def test_kernel_is_not_launched_in_a_rehearsal_and_loaded_after_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails() -> bytes:
+        raise nvrtc.CompileError("does not compile")
+
+    kernel = nvrtc.Kernel(fails, "fill")
     params = ctypes.create_string_buffer(64)
 
     def launch() -> None:
         kernel.launch(params, num_blocks=1, stream=0, early=False)
 
-    def rehearse() -> None:
-        ahead._wanted.set([])
-        launch()
-
-    contextvars.copy_context().run(rehearse)
-    with pytest.raises(TimeoutError):
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    mode = SimpleNamespace(__enter__=lambda: None)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(AsyncCompileMode=lambda pool: mode))
+    is_inside = False
+    with pytest.raises(nvrtc.CompileError), ahead.compiled_ahead(torch.device("cpu"), launch):
+        is_inside = True
+    assert is_inside
+    with pytest.raises(nvrtc.CompileError):
         launch()

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -235,7 +236,7 @@ def test_largest_steps_hold_a_chunk_with_context_and_leave_no_trace() -> None:
         seen: list[tuple[list[int], list[int]]] = []
         launch = runner._launch_prefill
 
-        def watched(batch: PrefillBatch, table: SequenceTable, **options: bool) -> Launched:
+        def watched(batch: PrefillBatch, table: SequenceTable, **options: Any) -> Launched:
             seen.append((batch.starts.tolist(), batch.ends.tolist()))
             return launch(batch, table, **options)
 

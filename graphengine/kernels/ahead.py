@@ -8,19 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
-# Beyond this many threads Triton's own Python, one thread at a time, is what takes the time.
-_MAX_THREADS = 8
-# What will be launched, on its way; None where kernels are launched as ever. Of a context: another
-# thread's engine runs on.
-_wanted: ContextVar[list[Any] | None] = ContextVar("wanted", default=None)
+_T = TypeVar("_T")
+# Beyond this many Triton's own Python, one thread at a time, is what takes the time.
+_NUM_THREADS = 8
+# What makes ready what will be launched; None where kernels are launched as ever. Of a context:
+# another thread's engine runs on.
+_wanted: ContextVar[list[Callable[[], object]] | None] = ContextVar("wanted", default=None)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: object, **options: object) -> None:
+    """Of a Triton kernel: `kernel[grid](*args, **options)`, but in a rehearsal it only compiles."""
+    if not is_rehearsal():
+        kernel[grid](*args, **options)
+        return
+    compiled = kernel.warmup(*args, grid=grid, **options)
+    if hasattr(compiled, "result"):  # on its way
+        want(compiled.result)
 
 
 def is_rehearsal() -> bool:
@@ -28,24 +38,22 @@ def is_rehearsal() -> bool:
     return _wanted.get() is not None
 
 
-def want(kernel: Any) -> None:
-    """kernel: what Triton's warmup gave, compiled or on its way."""
+def want(make_ready: Callable[[], object]) -> None:
+    """In a rehearsal: what will be launched will be made ready by this, at the latest."""
     wanted = _wanted.get()
     assert wanted is not None
-    wanted.append(kernel)
+    wanted.append(make_ready)
 
 
 @contextlib.contextmanager
 def compiled_ahead(device: torch.device, steps: Callable[[], None]) -> Iterator[None]:
-    """Calls `steps` with no kernel of ours launched, so what they compute means nothing. What they
-    would have launched is compiled and loaded to the GPU by threads, which leaving this waits for;
-    then a compiler's error is raised, if there was one. CUDA C++ compiles by itself: see
-    `nvrtc.compiling`."""
+    """Calls `steps` as a rehearsal: no kernel of ours is launched, so what they compute means
+    nothing. What they would have launched is compiled by threads, and loaded to the GPU before this
+    is left; then a compiler's error is raised, if there was one."""
     from triton import AsyncCompileMode
 
-    wanted: list[Any] = []
-    num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
-    pool = ThreadPoolExecutor(num_threads, initializer=torch.cuda.set_device, initargs=(device,))
+    wanted: list[Callable[[], object]] = []
+    pool = ThreadPoolExecutor(_NUM_THREADS, initializer=torch.cuda.set_device, initargs=(device,))
 
     def rehearse() -> None:
         _wanted.set(wanted)
@@ -56,11 +64,25 @@ def compiled_ahead(device: torch.device, steps: Callable[[], None]) -> Iterator[
     try:
         contextvars.copy_context().run(rehearse)
         yield
-        for kernel in wanted:
-            if hasattr(kernel, "result"):
-                kernel.result()
+        for make_ready in wanted:
+            make_ready()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class Begun(Generic[_T]):
+    """A call that another thread has begun. Where that failed, or was cancelled, the caller makes
+    it again: nothing that went wrong once is kept for those who ask later."""
+
+    def __init__(self, pool: Executor, call: Callable[[], _T]) -> None:
+        self._call = call
+        self._future = pool.submit(call)
+
+    def result(self) -> _T:
+        try:
+            return self._future.result()
+        except Exception:  # not a user's Ctrl-C
+            return self._call()
 
 
 class _Loading(Executor):
@@ -70,11 +92,11 @@ class _Loading(Executor):
     def __init__(self, pool: Executor) -> None:
         self._pool = pool
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        return self._pool.submit(_loaded, fn, *args, **kwargs)
+    def submit(self, fn: Callable[[], Any], /) -> Begun[Any]:  # type: ignore[override]
+        def loaded() -> Any:
+            kernel = fn()
+            kernel[(1, 1, 1)]  # what would launch it, made and not called
+            return kernel
 
-
-def _loaded(compiles: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    kernel = compiles(*args, **kwargs)
-    kernel[(1, 1, 1)]  # what would launch it, made and not called
-    return kernel
+        # Triton keeps it for the process and asks for its result alone.
+        return Begun(self._pool, loaded)

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from graphengine.kernels.nvrtc import Kernel, compiling
+from graphengine.kernels.nvrtc import Kernel, kernel
 
 # Of more rows kernels.paged_decode is as fast or faster.
 MAX_ROWS = 64
@@ -125,8 +125,8 @@ class DecodeAttention:
         tuning: Tuning = TUNING,
         launcher: Launcher | None = None,
     ) -> None:
-        """Compiles the kernel, or takes it from the user's cache, unless a launcher is given. A
-        tuning other than TUNING is slower, and right."""
+        """Unless a launcher is given, the kernel begins to compile, or is taken from the user's
+        cache. A tuning other than TUNING is slower, and right."""
         self._block_shape = (block_size, num_kv_heads, head_dim)
         self._tuning = tuning
         if launcher is None:
@@ -241,9 +241,17 @@ class HopperLauncher:
     def __init__(self, defines: dict[str, int], device: torch.device) -> None:
         self._device = device
         self.num_blocks = defines["GRID"]
-        cubin = compiling(SOURCE, (HEADER,), architecture=ARCHITECTURE, defines=defines)
-        self._plan = Kernel(cubin, "plan_shares")
-        self._attend = Kernel(cubin, "decode_attention")
+        self._plan, self._attend = (
+            kernel(
+                name,
+                SOURCE,
+                (HEADER,),
+                architecture=ARCHITECTURE,
+                defines=defines,
+                device=device.index,
+            )
+            for name in ("plan_shares", "decode_attention")
+        )
 
     def plan(self, params: Params) -> None:
         """See Launcher."""

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from graphengine.kernels.nvrtc import Kernel, TensorMap, compiling, is_shared_by_mps, tensor_map
+from graphengine.kernels.nvrtc import TensorMap, is_shared_by_mps, kernel, tensor_map
 from graphengine.model_config import ModelConfig
 
 # Of more rows the single kernels are as fast or faster: inputs and parts grow, weights do not.
@@ -146,8 +146,8 @@ class DecodeChain:
         device: torch.device,
         launcher: Launcher | None = None,
     ) -> None:
-        """cos_sin: as `layers.rope_table` makes it. Compiles the kernels, or takes them from the
-        user's cache, unless a launcher is given."""
+        """cos_sin: as `layers.rope_table` makes it. Unless a launcher is given, the kernels begin
+        to compile, or are taken from the user's cache."""
         self._config = config
         self._cos_sin = cos_sin
         self._block_size = block_size
@@ -321,12 +321,17 @@ class HopperLauncher:
         self._maps: dict[tuple[int, ...], TensorMap] = {}  # all of a map follows from its key
         self.num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
 
-        def kernel(rows: int) -> Kernel:
-            defines = defines_for(config, num_rows=rows, num_blocks=self.num_blocks)
-            cubin = compiling(SOURCE, (HEADER,), architecture=ARCHITECTURE, defines=defines)
-            return Kernel(cubin, "decode_chain")
-
-        self._kernels = {rows: kernel(rows) for rows in ROWS}
+        self._kernels = {
+            rows: kernel(
+                "decode_chain",
+                SOURCE,
+                (HEADER,),
+                architecture=ARCHITECTURE,
+                defines=defines_for(config, num_rows=rows, num_blocks=self.num_blocks),
+                device=device.index,
+            )
+            for rows in ROWS
+        }
 
     def tensor_map(self, matrix: Tensor, box_rows: int) -> TensorMap:
         """See Launcher."""
@@ -343,8 +348,9 @@ class HopperLauncher:
         padded = ctypes.create_string_buffer(-(-ctypes.sizeof(params) // 64) * 64)
         ctypes.memmove(padded, ctypes.addressof(params), ctypes.sizeof(params))
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        kernel = self._kernels[num_rows]
-        kernel.launch(padded, num_blocks=self.num_blocks, stream=stream, early=early)
+        self._kernels[num_rows].launch(
+            padded, num_blocks=self.num_blocks, stream=stream, early=early
+        )
 
 
 def defines_for(config: ModelConfig, *, num_rows: int, num_blocks: int) -> dict[str, int]:

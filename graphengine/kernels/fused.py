@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from graphengine.kernels.ahead import launch
 from graphengine.kernels.decode_chain import DecodeChain
 from graphengine.kernels.fused_linear import add_linear, linear, linear_silu_mul
 from graphengine.kernels.fused_sampling import sample
-from graphengine.kernels.launch import early_launch, enter_early, launch
+from graphengine.kernels.launch import early_launch, enter_early
 from graphengine.model_config import ModelConfig
 
 __all__ = [

@@ -27,8 +27,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from graphengine.kernels.ahead import launch
 from graphengine.kernels.gated_linear import gated_linear
-from graphengine.kernels.launch import early_launch, enter_early, is_hopper, launch
+from graphengine.kernels.launch import early_launch, enter_early, is_hopper
 from graphengine.kernels.tiles import (
     Tiles,
     WideTiles,

@@ -23,7 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from graphengine.kernels import reference
-from graphengine.kernels.launch import early_launch, enter_early, launch
+from graphengine.kernels.ahead import launch
+from graphengine.kernels.launch import early_launch, enter_early
 
 _MIN_TEMPERATURE = tl.constexpr(reference.MIN_TEMPERATURE)
 _SPLIT = 2048

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from graphengine.kernels.nvrtc import Kernel, TensorMap, compiling, tensor_map
+from graphengine.kernels.nvrtc import TensorMap, kernel, tensor_map
 from graphengine.kernels.tiles import GATED_ROWS, MULTIPROCESSORS
 
 SOURCE = Path(__file__).with_name("gated_linear.cu")
@@ -114,20 +114,19 @@ class HopperLauncher:
         padded = ctypes.create_string_buffer(-(-ctypes.sizeof(params) // 64) * 64)
         ctypes.memmove(padded, ctypes.addressof(params), ctypes.sizeof(params))
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        kernel = _kernel(features, self._device.index)
-        kernel.launch(padded, num_blocks=num_blocks, stream=stream, early=True)
+        kernel(
+            "gated_linear",
+            SOURCE,
+            (HEADER,),
+            architecture=ARCHITECTURE,
+            defines=defines_for(features),
+            device=self._device.index,
+        ).launch(padded, num_blocks=num_blocks, stream=stream, early=True)
 
 
 @functools.cache
 def _launcher(device: torch.device) -> HopperLauncher:
     return HopperLauncher(device)
-
-
-@functools.cache
-def _kernel(features: int, device: int) -> Kernel:
-    """device: whose context is current."""
-    cubin = compiling(SOURCE, (HEADER,), architecture=ARCHITECTURE, defines=defines_for(features))
-    return Kernel(cubin, "gated_linear")
 
 
 def defines_for(features: int) -> dict[str, int]:

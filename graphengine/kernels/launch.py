@@ -13,7 +13,6 @@ Synchronization".
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import triton
@@ -21,18 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import cuda as tl_cuda
 
-from graphengine.kernels import ahead
 from graphengine.kernels.tiles import MAX_ROWS
 
 _HOPPER = (9, 0)
-
-
-def launch(kernel: Any, grid: tuple[int, ...], *args: object, **options: object) -> None:
-    """Of a Triton kernel: `kernel[grid](*args, **options)`, but see `ahead.compiled_ahead`."""
-    if ahead.is_rehearsal():
-        ahead.want(kernel.warmup(*args, grid=grid, **options))
-    else:
-        kernel[grid](*args, **options)
 
 
 def early_launch(x: Tensor, num_rows: int, *, follows_ours: bool = False) -> dict[str, bool]:

@@ -14,7 +14,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,7 @@ class TensorMap(ctypes.Structure):
 
 
 class Kernel:
-    """One kernel of a compiled module, for blocks of one size and one amount of shared memory. It
-    is loaded where it is first launched, to the device whose context is current there."""
+    """One kernel of a compiled module, for blocks of one size and one amount of shared memory."""
 
     def __init__(self, cubin: Callable[[], bytes], name: str) -> None:
         """cubin: of the module, which keeps the bytes of dynamic shared memory in `shared_bytes`,
@@ -51,7 +50,11 @@ class Kernel:
         self._name = name
         self._function: Any = None
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """To the device whose context is current; at the first launch at the latest. Blocks until
+        it is compiled; raises as `compiled` does."""
+        if self._function is not None:
+            return
         module = checked(driver.cuModuleLoadData(self._cubin()))
         function = checked(driver.cuModuleGetFunction(module, self._name.encode()))
         self._shared_bytes = _constant(module, "shared_bytes")
@@ -68,12 +71,12 @@ class Kernel:
         self, params: ctypes.Array[ctypes.c_char], *, num_blocks: int, stream: int, early: bool
     ) -> None:
         """params: the kernel's only argument, read before this returns. early: it may start before
-        the kernel ahead of it in the stream has ended; it then waits itself. Blocks until it is
-        compiled; raises as `compiled` does. See `ahead.compiled_ahead`, where it does nothing."""
+        the kernel ahead of it in the stream has ended; it then waits itself. In a rehearsal, see
+        `ahead`, it is not launched, but will be loaded."""
         if ahead.is_rehearsal():
+            ahead.want(self.load)
             return
-        if self._function is None:
-            self._load()
+        self.load()
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = num_blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = self._num_threads, 1, 1
@@ -97,27 +100,34 @@ def _constant(module: Any, name: str) -> int:
     return value.value
 
 
-def compiling(
+def kernel(
+    name: str,
     path: Path,
     headers: Sequence[Path] = (),
     *,
     architecture: str,
     defines: Mapping[str, int],
-) -> Callable[[], bytes]:
-    """`compiled` in another thread, begun once a process: what gives its cubin, blocking until it
-    is there."""
-    return _begun(path, tuple(headers), architecture, tuple(defines.items())).result
+    device: int | None,
+) -> Kernel:
+    """`name` of a CUDA C++ file, which another thread begins to compile as `compiled` does; the
+    same one for all that ask. device: the one whose context is current where it is loaded."""
+    return _kernel(name, (path, tuple(headers), architecture, tuple(defines.items())), device)
+
+
+_Module = tuple[Path, tuple[Path, ...], str, tuple[tuple[str, int], ...]]
 
 
 @functools.cache
-def _begun(
-    path: Path,
-    headers: tuple[Path, ...],
-    architecture: str,
-    defines: tuple[tuple[str, int], ...],
-) -> Future[bytes]:
-    return _compilers().submit(
-        compiled, path, headers, architecture=architecture, defines=dict(defines)
+def _kernel(name: str, module: _Module, device: int | None) -> Kernel:
+    return Kernel(_compiling(module).result, name)
+
+
+@functools.cache
+def _compiling(module: _Module) -> ahead.Begun[bytes]:
+    path, headers, architecture, defines = module
+    return ahead.Begun(
+        _compilers(),
+        lambda: compiled(path, headers, architecture=architecture, defines=dict(defines)),
     )
 
 

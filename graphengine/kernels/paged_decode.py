@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from graphengine.kernels.launch import early_launch, enter_early, launch
+from graphengine.kernels.ahead import launch
+from graphengine.kernels.launch import early_launch, enter_early
 
 # Positions that a program loads at a time, alone with its row or beside other splits of it: many
 # rows hide a long wait for memory, a few cannot. And how many loads ahead.
