@@ -136,6 +136,10 @@ def test_kernel_compiles_in_another_thread_once(cache: Path, source: Path) -> No
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nvrtc, "compile_source", watched)
         kernels = [kernel_of(source), kernel_of(source), kernel_of(source, value=2)]
+        # Of one file there may be several.
+        other = nvrtc.kernel("other", source, architecture="sm_90a", defines={"VALUE": 1}, device=0)
+        assert other is not kernels[0]
+        assert other._cubin() == kernels[0]._cubin()
         cubins = [kernel._cubin() for kernel in kernels]
     assert kernels[0] is kernels[1]
     assert kernels[0] is not kernel_of(source, device=1)
