@@ -259,16 +259,15 @@ class ModelRunner:
         self._run_null_prefill(table, np.array([start]), np.array([max_context]))
         # cuBLAS leaves more between gate, up and SiLU than our own kernel.
         self._run_null_prefills(table, self._largest_prefill(is_left_to_cublas=True))
-        # Kernels of few tokens start early, which is another variant of each.
-        if self._padded(1) is None:
-            self._run_null_prefill(table, np.array([0]), np.array([1]))
         self._run_null_decode(self._runner.ladder.max_rows)
 
     def run_all_kinds_of_steps(self, table: SequenceTable, *, max_context: int) -> None:
-        """As run_largest_steps; then the largest prefill whose MLP is our own kernel's, and a
-        decode step, and a prefill, of each bucket."""
+        """As run_largest_steps; then the largest prefill whose MLP is our own kernel's, the
+        smallest, and a decode step, and a prefill, of each bucket."""
         self.run_largest_steps(table, max_context=max_context)
         self._run_null_prefills(table, self._largest_prefill(is_left_to_cublas=False))
+        # Kernels of few tokens start early, which is another variant of each.
+        self._run_null_prefills(table, 1)
         for num_rows in self._runner.ladder.sizes[:-1]:
             self._run_null_decode(num_rows)
         if self._prefill_graphs is not None:

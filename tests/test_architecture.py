@@ -301,6 +301,18 @@ def test_environment_is_read_in_cli_only(module: str) -> None:
     assert "getenv" not in text
 
 
+KERNEL_MODULES = [m for m in MODULES if m.startswith(("kernels.", "graphengine.kernels."))]
+
+
+@pytest.mark.parametrize("module", KERNEL_MODULES)
+def test_kernels_are_launched_by_what_a_rehearsal_holds_back(module: str) -> None:
+    """`kernel[grid](...)` would run on the garbage of a rehearsal, and compile there in turn."""
+    for node in nodes(module):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+            name = ast.unparse(node.func.value)
+            assert not name.endswith("_kernel"), f"{name}[...](...): use ahead.launch"
+
+
 # Called inside a captured step; a value read there would stop the host, or fail the capture.
 STEP_MODULES = (
     "attention.flash",
