@@ -1,6 +1,6 @@
 """How does any static-shape step run? Knows rows, buckets and banks; never tokens or models."""
 
-from captures.banks import Bank, BankPart, Banks, BankState, BankStateError
+from captures.banks import Bank, Banks, BankState, BankStateError
 from captures.buckets import BatchTooLarge, BucketLadder
 from captures.clock import ClockReading, DeviceSpan, StepClock
 from captures.eager import EagerRunner
@@ -13,7 +13,6 @@ __all__ = [
     "COMPUTE",
     "Arena",
     "Bank",
-    "BankPart",
     "BankState",
     "BankStateError",
     "Banks",

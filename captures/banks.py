@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 
 import torch
 
 from captures.clock import StepClock
-from captures.streams import COMPUTE, COPY_IN, COPY_OUT, Streams
+from captures.streams import COMPUTE, COPY_IN, Streams
 
 
 class BankState(StrEnum):
     FREE = "free"
     FILLING = "filling"  # the host writes host_in
-    LAUNCHED = "launched"  # host_in belongs to the copy, host_out to the device
+    LAUNCHED = "launched"  # host_in belongs to the copy, host_out to the step
     READY = "ready"  # the host reads host_out
 
 
@@ -23,49 +22,35 @@ class BankStateError(RuntimeError):
     """A bank was used out of turn: a bug in the caller, never a matter of timing."""
 
 
-@dataclass(frozen=True, slots=True)
-class BankPart:
-    """The first bytes of a bank's buffers: what one launch moves and works on."""
-
-    host_in: torch.Tensor
-    device_in: torch.Tensor
-    device_out: torch.Tensor
-    host_out: torch.Tensor
-
-
 class Bank:
     """One set of buffers for one launch in flight. All uint8, allocated once.
 
-    host_in (pinned) > device_in > [step] > device_out > host_out (pinned).
-    copied: host_in may be rewritten. computed: device_out is written. ready: host_out is.
+    host_in (pinned) > device_in > [step] > host_out (pinned), which the step writes itself.
+    copied: host_in may be rewritten. ready: host_out is written.
     """
 
-    def __init__(self, streams: Streams, name: str, *, in_bytes: int, out_bytes: int) -> None:
-        self.name = name
+    def __init__(
+        self, streams: Streams, name: str, index: int, *, in_bytes: int, out_bytes: int
+    ) -> None:
+        self.name = f"{name}{index}"
+        self.index = index
         self.state = BankState.FREE
         self.host_in = streams.host_buffer(in_bytes)
         self.host_out = streams.host_buffer(out_bytes)
         self.device_in = torch.zeros(in_bytes, dtype=torch.uint8, device=streams.device)
-        self.device_out = torch.zeros(out_bytes, dtype=torch.uint8, device=streams.device)
-        self.copied = streams.event(f"{name}.copied")
-        self.computed = streams.event(f"{name}.computed")
-        self.ready = streams.event(f"{name}.ready")
-        self.copy_in_name, self.copy_out_name = f"{name}.in", f"{name}.out"
-        self._part_sizes = (-1, -1)
-        self._part: BankPart | None = None
+        self.copied = streams.event(f"{self.name}.copied")
+        self.ready = streams.event(f"{self.name}.ready")
+        self.copy_in_name = f"{self.name}.in"
+        self._in_bytes = -1
+        self._in_part = (self.device_in, self.host_in)
 
-    def part(self, in_bytes: int, out_bytes: int) -> BankPart:
-        """Kept until other sizes are asked for: steps that follow one another mostly have the same,
-        and cutting four tensors takes as long as launching a copy."""
-        if self._part is None or self._part_sizes != (in_bytes, out_bytes):
-            self._part_sizes = (in_bytes, out_bytes)
-            self._part = BankPart(
-                self.host_in[:in_bytes],
-                self.device_in[:in_bytes],
-                self.device_out[:out_bytes],
-                self.host_out[:out_bytes],
-            )
-        return self._part
+    def in_part(self, in_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first bytes of device_in and of host_in. Kept until another number is asked for:
+        steps that follow one another mostly have the same, and cutting tensors takes time."""
+        if self._in_bytes != in_bytes:
+            self._in_bytes = in_bytes
+            self._in_part = (self.device_in[:in_bytes], self.host_in[:in_bytes])
+        return self._in_part
 
     def advance(self, expected: BankState, new: BankState) -> None:
         if self.state is not expected:
@@ -93,10 +78,13 @@ class Banks:
         self._name = name
         self._clock = clock
         self._banks = [
-            Bank(streams, f"{name}{index}", in_bytes=in_bytes, out_bytes=out_bytes)
+            Bank(streams, name, index, in_bytes=in_bytes, out_bytes=out_bytes)
             for index in range(count)
         ]
         self._turn = 0
+
+    def __iter__(self) -> Iterator[Bank]:
+        return iter(self._banks)
 
     def open(self) -> Bank:
         """The next bank in turn, now FILLING. Blocks until its last copy-in has passed: the host is
@@ -107,21 +95,19 @@ class Banks:
         bank.copied.synchronize()
         return bank
 
-    def launch(
-        self, bank: Bank, step: Callable[[BankPart], None], *, in_bytes: int, out_bytes: int
-    ) -> None:
-        """Enqueues copy-in, `step` on the compute stream, copy-out; returns without waiting.
+    def launch(self, bank: Bank, step: Callable[[], None], *, in_bytes: int) -> None:
+        """Enqueues the copy of the first in_bytes, then `step` on the compute stream; returns
+        without waiting.
 
-        `step` reads its device_in and writes its device_out. Neither can be in use by an earlier
-        launch: a bank is FREE only after its `ready` event, which follows all its device work.
+        `step` reads the bank's device_in and writes its host_out. Neither can be in use by an
+        earlier launch: a bank is FREE only after its `ready` event, which follows all its work.
         """
         bank.advance(BankState.FILLING, BankState.LAUNCHED)
         streams, clock = self._streams, self._clock
         copy_clock = clock if clock is not None and clock.times_copies else None
-        part = bank.part(in_bytes, out_bytes)
         if copy_clock is not None:
             copy_clock.begin(self._name, COPY_IN)
-        streams.copy(COPY_IN, part.device_in, part.host_in, bank.copy_in_name)
+        streams.copy(COPY_IN, *bank.in_part(in_bytes), bank.copy_in_name)
         if copy_clock is not None:
             copy_clock.end(COPY_IN)
         streams.record(bank.copied, COPY_IN)
@@ -130,18 +116,13 @@ class Banks:
         if clock is not None:
             clock.begin(self._name)
         with streams.on(COMPUTE):
-            step(part)
+            step()
+        # Reader of host_out: the host. Writer: the step. Between them: `ready`.
         if clock is not None:
-            clock.end()
-        streams.record(bank.computed, COMPUTE)
-        # Reader of device_out: the copy-out. Writer: the step. Between them: `computed`.
-        streams.wait(COPY_OUT, bank.computed)
-        if copy_clock is not None:
-            copy_clock.begin(self._name, COPY_OUT)
-        streams.copy(COPY_OUT, part.host_out, part.device_out, bank.copy_out_name)
-        if copy_clock is not None:
-            copy_clock.end(COPY_OUT)
-        streams.record(bank.ready, COPY_OUT)
+            # Should the clock record it again before it is waited for, the host waits longer.
+            bank.ready = clock.end()
+        else:
+            streams.record(bank.ready, COMPUTE)
 
     def wait(self, bank: Bank) -> None:
         """Blocks until host_out is written; the bank is READY."""

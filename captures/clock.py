@@ -80,13 +80,20 @@ class StepClock:
         self._streams.record(entry.start, stream)
         self._pending[stream].append(entry)
 
-    def end(self, stream: str = COMPUTE) -> None:
-        self._streams.record(self._pending[stream][-1].end, stream)
+    def end(self, stream: str = COMPUTE) -> Event:
+        """The event it records, which the clock records again once it has read this and the next
+        entry of the stream."""
+        event = self._pending[stream][-1].end
+        self._streams.record(event, stream)
+        return event
 
-    def collect(self) -> list[DeviceSpan]:
+    def collect(self, *, least: int = 1) -> list[DeviceSpan]:
         """Everything that has ended since the last call, stream by stream in order; the compute
         stream's is added to `reading`. Never blocks. Call it between launches: an entry that has
-        begun and not ended must not be pending."""
+        begun and not ended must not be pending. least: nothing, as long as fewer launches are
+        pending: to read many at once costs the host less than one by one."""
+        if len(self._pending[COMPUTE]) < least:
+            return []
         spans = []
         for stream, pending in self._pending.items():
             while pending and pending[0].end.query():

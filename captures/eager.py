@@ -1,4 +1,4 @@
-"""How does a step run without a graph? The twin of GraphRunner: same buffers, banks and checks."""
+"""How does a step run without a graph? The twin of GraphRunner: same banks and checks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from captures.runner import HostArrays, Step, StepFn, StepPipeline
 
 
 class EagerRunner:
-    """Calls the step function on the static buffers where GraphRunner replays. CPU or CUDA."""
+    """Calls the step function where GraphRunner replays. CPU or CUDA."""
 
     def __init__(self, pipeline: StepPipeline, step_fn: StepFn) -> None:
         self._pipeline = pipeline
@@ -21,7 +21,8 @@ class EagerRunner:
         return self._pipeline.open(num_rows)
 
     def launch(self, step: Step) -> None:
-        self._pipeline.launch(step, self._call)
+        buffers = self._pipeline.buffers[step.bucket, step.bank.index]
+        self._pipeline.launch(step, lambda: self._step_fn(buffers.inputs, buffers.outputs))
 
     def wait(self, step: Step) -> HostArrays:
         return self._pipeline.wait(step)
@@ -31,6 +32,3 @@ class EagerRunner:
 
     def close(self) -> None:
         pass
-
-    def _call(self, bucket: int) -> None:
-        self._step_fn(self._pipeline.static_inputs[bucket], self._pipeline.static_outputs[bucket])

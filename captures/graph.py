@@ -53,16 +53,19 @@ class Called:
         pass
 
 
-def capture(step: Callable[[], None], streams: Streams, pool: Any) -> Replayable:
+def capture(
+    step: Callable[[], None], streams: Streams, pool: Any, *, warm_up: bool = True
+) -> Replayable:
     """`step` as a graph, its memory from `pool` of torch.cuda.graph_pool_handle. It runs once
-    before, and reads and writes tensors that keep their addresses. On the CPU it is called when it
-    is replayed. Blocks until the streams are empty."""
+    before, unless its like has (warm_up), and reads and writes tensors that keep their addresses.
+    On the CPU it is called when it is replayed. Blocks until the streams are empty."""
     if streams.device.type != "cuda":
         return Called(step)
     graph = torch.cuda.CUDAGraph()
     with streams.on(COMPUTE):
         # Warm-up outside the capture: kernels compile and libraries allocate at first use.
-        step()
+        if warm_up:
+            step()
         streams.synchronize()
         # capture_begin directly: torch.cuda.graph() also empties the allocator's cache, which is
         # slow and would give back what the next bucket needs.
@@ -78,14 +81,14 @@ def capture(step: Callable[[], None], streams: Streams, pool: Any) -> Replayable
 
 
 class GraphRunner:
-    """One CUDA graph per bucket, all in one memory pool."""
+    """One CUDA graph per bucket and bank, all in one memory pool."""
 
     def __init__(self, pipeline: StepPipeline, step_fn: StepFn, streams: Streams) -> None:
-        """Captures every bucket; takes about a tenth of a second each. Raises CaptureError."""
+        """Captures every bucket; takes up to a tenth of a second each. Raises CaptureError."""
         self._pipeline = pipeline
         self._step_fn = step_fn
         self._streams = streams
-        self._graphs: dict[int, Replayable] = {}
+        self._graphs: dict[tuple[int, int], Replayable] = {}
         self._pool = torch.cuda.graph_pool_handle()
         seconds: dict[int, float] = {}
         num_bytes: dict[int, int] = {}
@@ -94,19 +97,23 @@ class GraphRunner:
             free_before, _ = torch.cuda.mem_get_info(streams.device)
             start = time.perf_counter()
             try:
-                self._graphs[bucket] = self._capture(bucket)
+                for bank_index in range(pipeline.num_banks):
+                    self._graphs[bucket, bank_index] = self._capture(bucket, bank_index)
             except Exception as error:
                 raise CaptureError(f"capture of the {bucket}-row bucket failed: {error}") from error
             seconds[bucket] = time.perf_counter() - start
             num_bytes[bucket] = max(0, free_before - torch.cuda.mem_get_info(streams.device)[0])
         self.report = CaptureReport(seconds, num_bytes)
 
-    def _capture(self, bucket: int) -> Replayable:
-        inputs = self._pipeline.static_inputs[bucket]
-        outputs = self._pipeline.static_outputs[bucket]
+    def _capture(self, bucket: int, bank_index: int) -> Replayable:
+        buffers = self._pipeline.buffers[bucket, bank_index]
         with self._streams.on(COMPUTE):
-            self._pipeline.fill_with_padding(bucket)
-        return capture(lambda: self._step_fn(inputs, outputs), self._streams, self._pool)
+            self._pipeline.fill_with_padding(bucket, bank_index)
+
+        def step() -> None:
+            self._step_fn(buffers.inputs, buffers.outputs)
+
+        return capture(step, self._streams, self._pool, warm_up=bank_index == 0)
 
     @property
     def ladder(self) -> BucketLadder:
@@ -116,7 +123,7 @@ class GraphRunner:
         return self._pipeline.open(num_rows)
 
     def launch(self, step: Step) -> None:
-        self._pipeline.launch(step, self._replay)
+        self._pipeline.launch(step, self._graphs[step.bucket, step.bank.index].replay)
 
     def wait(self, step: Step) -> HostArrays:
         return self._pipeline.wait(step)
@@ -130,6 +137,3 @@ class GraphRunner:
         for graph in self._graphs.values():
             graph.reset()
         self._graphs.clear()
-
-    def _replay(self, bucket: int) -> None:
-        self._graphs[bucket].replay()

@@ -10,18 +10,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from captures.banks import Bank, BankPart, Banks
+from captures.banks import Bank, Banks
 from captures.buckets import BucketLadder
 from captures.clock import StepClock
 from captures.fields import Arena, Field
-from captures.streams import COMPUTE, Streams
+from captures.streams import Streams
 
 HostArrays = dict[str, npt.NDArray[np.generic]]
 
 
 class StepFn(Protocol):
     """What is captured: reads `inputs`, writes every row of `outputs`; [bucket, *row_shape] each,
-    at the same addresses in every call for a bucket. No host sync, no data-dependent shape."""
+    at the same addresses in every call for a bucket and a bank. No host sync, no data-dependent
+    shape. The outputs are in host memory, on CUDA pinned: for kernels to write, which can, or for
+    copies that do not block."""
 
     def __call__(
         self, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
@@ -61,11 +63,22 @@ class StepRunner(Protocol):
     def close(self) -> None: ...
 
 
-class StepPipeline:
-    """What both runners share: arenas, static buffers, banks, padding and the launch order.
+@dataclass(frozen=True, slots=True)
+class StaticBuffers:
+    """A bucket's views of one bank, [bucket, *row_shape] each: what the host fills and reads, and
+    what the step function is bound to. They stay where they are."""
 
-    The static inputs and outputs are what a captured graph is bound to; banks stage around them,
-    so one set of graphs serves all banks at the price of two small device copies a step.
+    host_inputs: HostArrays
+    inputs: dict[str, torch.Tensor]
+    outputs: dict[str, torch.Tensor]
+    host_outputs: HostArrays
+
+
+class StepPipeline:
+    """What both runners share: arenas, banks, padding and the launch order.
+
+    A step works on its bank in place, so a captured graph is one bank's: twice as many of them, for
+    two copies on the device less in each step, which took it 10 us and the host 37 (perf/LOG.md).
     """
 
     def __init__(
@@ -80,81 +93,55 @@ class StepPipeline:
         clock: StepClock | None = None,
     ) -> None:
         self.ladder = ladder
-        self._streams = streams
         in_arena, out_arena = Arena(inputs), Arena(outputs)
         self._fields = in_arena.fields
-        self._in_layouts = {size: in_arena.layout(size) for size in ladder.sizes}
-        self._out_layouts = {size: out_arena.layout(size) for size in ladder.sizes}
-        in_bytes = self._in_layouts[ladder.max_rows].nbytes
-        out_bytes = self._out_layouts[ladder.max_rows].nbytes
-        self._static_in = torch.zeros(in_bytes, dtype=torch.uint8, device=streams.device)
-        self._static_out = torch.zeros(out_bytes, dtype=torch.uint8, device=streams.device)
-        self.static_inputs = {s: v.views(self._static_in) for s, v in self._in_layouts.items()}
-        self.static_outputs = {s: v.views(self._static_out) for s, v in self._out_layouts.items()}
-        # By bucket, the bytes of both that its rows take: slices would be cut every step.
-        self._static_parts = {
-            size: (
-                self._static_in[: self._in_layouts[size].nbytes],
-                self._static_out[: self._out_layouts[size].nbytes],
-            )
-            for size in ladder.sizes
-        }
+        in_layouts = {size: in_arena.layout(size) for size in ladder.sizes}
+        out_layouts = {size: out_arena.layout(size) for size in ladder.sizes}
+        self._in_bytes = {size: layout.nbytes for size, layout in in_layouts.items()}
         self._banks = Banks(
             streams,
             name,
-            in_bytes=in_bytes,
-            out_bytes=out_bytes,
+            in_bytes=in_layouts[ladder.max_rows].nbytes,
+            out_bytes=out_layouts[ladder.max_rows].nbytes,
             count=num_banks,
             clock=clock,
         )
-        self._host_views: dict[tuple[str, int], tuple[HostArrays, HostArrays]] = {}
+        self.num_banks = num_banks
+        # By bucket and bank.
+        self.buffers = {
+            (size, bank.index): StaticBuffers(
+                in_layouts[size].host_views(bank.host_in),
+                in_layouts[size].views(bank.device_in),
+                out_layouts[size].views(bank.host_out),
+                out_layouts[size].host_views(bank.host_out),
+            )
+            for size in ladder.sizes
+            for bank in self._banks
+        }
 
-    def fill_with_padding(self, bucket: int) -> None:
-        """Makes every row of the static inputs a padded row, for warm-up and capture."""
+    def fill_with_padding(self, bucket: int, bank_index: int) -> None:
+        """Makes every row of the step's inputs a padded row, for warm-up and capture."""
         for field in self._fields:
-            self.static_inputs[bucket][field.name].fill_(field.pad)
+            self.buffers[bucket, bank_index].inputs[field.name].fill_(field.pad)
 
     def open(self, num_rows: int) -> Step:
         bucket = self.ladder.pick(num_rows)
         bank = self._banks.open()
-        inputs, _ = self._views(bank, bucket)
+        inputs = self.buffers[bucket, bank.index].host_inputs
         if num_rows < bucket:
             for field in self._fields:
                 inputs[field.name][num_rows:] = field.pad
         return Step(bank, num_rows, bucket, inputs)
 
-    def launch(self, step: Step, execute: Callable[[int], None]) -> None:
-        static_in, static_out = self._static_parts[step.bucket]
-
-        def run(part: BankPart) -> None:
-            # The compute stream orders these three after the previous step's reads of the static
-            # inputs and before the next step's writes of the static outputs.
-            self._streams.copy(COMPUTE, static_in, part.device_in, "static.in")
-            execute(step.bucket)
-            self._streams.copy(COMPUTE, part.device_out, static_out, "static.out")
-
-        self._banks.launch(
-            step.bank,
-            run,
-            in_bytes=self._in_layouts[step.bucket].nbytes,
-            out_bytes=self._out_layouts[step.bucket].nbytes,
-        )
+    def launch(self, step: Step, execute: Callable[[], None]) -> None:
+        self._banks.launch(step.bank, execute, in_bytes=self._in_bytes[step.bucket])
 
     def wait(self, step: Step) -> HostArrays:
         self._banks.wait(step.bank)
-        _, outputs = self._views(step.bank, step.bucket)
+        outputs = self.buffers[step.bucket, step.bank.index].host_outputs
         copies = {name: view[: step.num_rows].copy() for name, view in outputs.items()}
         self._banks.release(step.bank)
         return copies
 
     def reset(self) -> None:
         self._banks.reset()
-
-    def _views(self, bank: Bank, bucket: int) -> tuple[HostArrays, HostArrays]:
-        key = (bank.name, bucket)
-        if key not in self._host_views:
-            self._host_views[key] = (
-                self._in_layouts[bucket].host_views(bank.host_in),
-                self._out_layouts[bucket].host_views(bank.host_out),
-            )
-        return self._host_views[key]

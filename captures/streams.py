@@ -1,4 +1,4 @@
-"""Where does work run, and what orders it? Three streams, events, and a CPU twin that logs."""
+"""Where does work run, and what orders it? Two streams, events, and a CPU twin that logs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 
 COMPUTE = "compute"
 COPY_IN = "copy_in"
-COPY_OUT = "copy_out"
-STREAMS = (COMPUTE, COPY_IN, COPY_OUT)
+STREAMS = (COMPUTE, COPY_IN)
 
 
 class Event(Protocol):
@@ -51,10 +50,11 @@ class Streams(Protocol):
         """Torch work launched inside goes to `stream`."""
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
-        """uint8 [nbytes] that copies to and from the device without a stop: pinned on CUDA."""
+        """uint8 [nbytes] that copies to the device without a stop, and that its kernels can write:
+        pinned on CUDA."""
 
     def synchronize(self) -> None:
-        """Blocks until all three streams are empty."""
+        """Blocks until both streams are empty."""
 
 
 class _CudaEvent:
@@ -106,7 +106,7 @@ def _cuda_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class CudaStreams:
-    """Three distinct CUDA streams of one device."""
+    """Two distinct CUDA streams of one device."""
 
     def __init__(self, device: torch.device) -> None:
         # Imported here: a CPU machine need not have it.
@@ -133,7 +133,7 @@ class CudaStreams:
         self._streams[stream].wait_event(event.cuda)
 
     def copy(self, stream: str, dst: torch.Tensor, src: torch.Tensor, what: str) -> None:
-        # torch's copy_ takes the host five times as long, and there are four of these a step.
+        # torch's copy_ takes the host five times as long.
         arguments = dst.data_ptr(), src.data_ptr(), dst.nbytes, self._handles[stream]
         (status,) = self._driver.cuMemcpyAsync(*arguments)
         if status == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:

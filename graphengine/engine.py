@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from graphengine.model_runner import Launched
     from graphengine.resolve import Resolved
 
+# Launches that are accounted for together. What an account shows is as many behind.
+_SPANS_AT_ONCE = 16
 # How long an idle engine waits for more requests before it starts with those it has.
 _GATHER_S = 0.01
 # LLMs of this process that are not closed.
@@ -296,7 +298,7 @@ class LLM:
                 laps.end("launch" if isinstance(batch, DecodeBatch) else "prefill")
             outputs += [self._output(sequence, text) for sequence, text in ended]
             ended = []
-            self._take_spans()
+            self._take_spans(least=_SPANS_AT_ONCE)
             laps.end("output")
             yield from outputs
             if self._is_closed:
@@ -307,7 +309,7 @@ class LLM:
                 assert not scheduler.has_work, "nothing runs and nothing can start"
                 assert self._blocks.num_free == self._blocks.num_blocks, "blocks leaked"
                 if feeder.exhausted:
-                    self._take_spans()
+                    self._take_spans(least=1)
                     return
 
     def _take_requests(
@@ -337,12 +339,15 @@ class LLM:
                 gather_until_s = time.perf_counter() + _GATHER_S
         return outputs
 
-    def _take_spans(self) -> None:
-        """Accounts for what the device has finished."""
+    def _take_spans(self, *, least: int) -> None:
+        """Accounts for what the device has finished, if `least` launches wait for it."""
+        spans = self._clock.collect(least=least)
+        if not spans:
+            return
         from captures import COMPUTE
 
         counters = self._counters
-        for span in self._clock.collect():
+        for span in spans:
             if span.stream == COMPUTE:
                 counters.idle.add(span.label, span.start_s, span.end_s, counters.laps.recent)
             if self._trace is not None:
@@ -361,8 +366,8 @@ class LLM:
         rows, finished = self._scheduler.commit(launched.batch, token_ids)
         self._counters.output_tokens += len(rows) + len(finished)
         ended = [(sequence, self._text_if_stopped(sequence)) for sequence in finished]
-        watched = self._table.has_stop_strings[rows]
-        for idx in rows[watched].tolist() if watched.any() else ():
+        watched = rows[self._table.has_stop_strings[rows]] if self._table.any_stop_strings else ()
+        for idx in map(int, watched):
             running = self._table.sequences[idx]
             assert running is not None
             match = self._match(running, self._table.last_token_id(idx))

@@ -9,8 +9,9 @@ from collections.abc import Callable, Reversible
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-# A gap is looked at once the launch after it has ended, at most three turns of six laps later.
-_RECENT_LAPS = 128
+# A gap is looked at once the launch after it has ended, and so many of them at once: see
+# `engine._SPANS_AT_ONCE`. A turn has six laps.
+_RECENT_LAPS = 192
 _RECENT_LAUNCHES = 16
 # Shorter ones are the device's own time between two launches.
 _LEAST_GAP_MS = 0.02

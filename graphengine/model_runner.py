@@ -12,7 +12,6 @@ import numpy.typing as npt
 import torch
 
 from captures import (
-    BankPart,
     Banks,
     BucketLadder,
     CaptureReport,
@@ -142,8 +141,9 @@ class ModelRunner:
         *,
         trial: DecoderModel | None = None,
     ) -> None:
-        """Runs a ragged prefill, its tokens padded if it has a bucket; out: int64 [S] gets one
-        token for each sequence. trial: the model to run instead, of which nothing is captured."""
+        """Runs a ragged prefill, its tokens padded if it has a bucket; out: int64 [S], in pinned
+        memory, gets one token for each sequence. trial: the model to run instead, of which nothing
+        is captured."""
         n = len(batch.rows)
         with torch.inference_mode():
             metadata = prefill_metadata(
@@ -198,10 +198,16 @@ class ModelRunner:
         params: Mapping[str, torch.Tensor],
         out: torch.Tensor,
     ) -> None:
-        logits = self._model.logits(hidden)
-        sample(self._kernels, logits, sampling_tensors(params), positions, out)
         # Padded rows all write the null line, in any order; nobody reads it.
-        self._last_token_ids[seq_indices] = out
+        sample(
+            self._kernels,
+            self._model.logits(hidden),
+            sampling_tensors(params),
+            positions,
+            out=out,
+            seq_indices=seq_indices,
+            last_token_ids=self._last_token_ids,
+        )
 
     def _padded(self, num_tokens: int) -> tuple[PrefillGraphs, int] | None:
         """What runs a prefill of num_tokens in pieces, and the rows it is padded to, if it is."""
@@ -230,22 +236,20 @@ class ModelRunner:
         bank = self._prefill_banks.open()
         tokens, sequences = _views(layouts, bank.host_in, Layout.host_views)
         fill_prefill(tokens, sequences, batch, table)
-        out_bytes = num_sequences * torch.int64.itemsize
+        out = bank.host_out.view(torch.int64)[:num_sequences]
 
-        def run(part: BankPart) -> None:
-            tokens, sequences = _views(layouts, part.device_in, Layout.views)
-            out = part.device_out.view(torch.int64)
+        def run() -> None:
+            tokens, sequences = _views(layouts, bank.device_in, Layout.views)
             self.prefill(tokens, sequences, batch, out, trial=trial)
 
         def wait() -> TokenIds:
             self._prefill_banks.wait(bank)
-            token_ids = bank.host_out[:out_bytes].view(torch.int64).numpy().copy()
+            token_ids = out.numpy().copy()
             self._prefill_banks.release(bank)
             return token_ids
 
-        self._prefill_banks.launch(
-            bank, run, in_bytes=sum(layout.nbytes for layout in layouts), out_bytes=out_bytes
-        )
+        in_bytes = sum(layout.nbytes for layout in layouts)
+        self._prefill_banks.launch(bank, run, in_bytes=in_bytes)
         return Launched(batch, wait)
 
     def run_largest_steps(self, table: SequenceTable, *, max_context: int) -> None:

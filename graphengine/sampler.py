@@ -24,11 +24,18 @@ class SamplingTensors:
 
 
 def sample(
-    kernels: Kernels, logits: Tensor, params: SamplingTensors, positions: Tensor, out: Tensor
+    kernels: Kernels,
+    logits: Tensor,
+    params: SamplingTensors,
+    positions: Tensor,
+    *,
+    out: Tensor,
+    seq_indices: Tensor,
+    last_token_ids: Tensor,
 ) -> None:
-    """out = the token ids, int64 [B], of logits [B, V]. positions: int64 [B], those of the tokens
-    that the logits came from. A row's token depends on its own logits, parameters and position
-    only."""
+    """out = last_token_ids[seq_indices] = the token ids, int64 [B], of logits [B, V]. positions:
+    int64 [B], those of the tokens that the logits came from. A row's token depends on its own
+    logits, parameters and position only. For the rest see `kernels.reference.sample`."""
     kernels.sample(
         logits,
         temperature=params.temperature,
@@ -40,4 +47,6 @@ def sample(
         stop_ids=params.stop_ids,
         suppress_stops=params.suppress_stops,
         out=out,
+        seq_indices=seq_indices,
+        last_token_ids=last_token_ids,
     )

@@ -26,10 +26,12 @@ _WATERMARK_SHARE = 4
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """One token for each sequence in `rows`: seq_idx int64 [n]; epochs int64 [n]."""
+    """One token for each sequence in `rows`: seq_idx int64 [n]; epochs int64 [n]. context_lens:
+    int32 [n], with this token."""
 
     rows: Rows
     epochs: Rows
+    context_lens: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,24 +108,26 @@ class Scheduler:
         if isinstance(batch, PrefillBatch):
             live &= batch.samples
         rows, ids = batch.rows, token_ids
-        if not live.all():
+        if np.count_nonzero(live) < len(live):
             rows, ids = rows[live], ids[live]
         at = table.num_tokens[rows]
         table.token_ids[rows, at] = ids
         table.num_tokens[rows] = at + 1
-        full = at + 1 == table.max_total[rows]
-        stopped = np.zeros(len(rows), np.bool_)
+        ended = at + 1 == table.max_total[rows]
+        stopped: npt.NDArray[np.bool_] | None = None
         if table.num_stop_places:
             # Place by place, and no more than are in use: rows first would cost three times that.
             stop_ids = table.stop_ids.T[: table.num_stop_places].take(rows, axis=1)
             stopped = (stop_ids == ids).any(axis=0)
             stopped &= table.has_stop_ids[rows] & (at >= table.min_total[rows])
-        ended = stopped | full
+            ended |= stopped
         finished: list[Sequence] = []
-        if not ended.any():
+        num_ended = np.count_nonzero(ended)
+        if num_ended == 0:
             return rows, finished
+        are_stops = [False] * num_ended if stopped is None else stopped[ended].tolist()
         for idx, token_id, is_stop in zip(
-            rows[ended].tolist(), ids[ended].tolist(), stopped[ended].tolist(), strict=True
+            rows[ended].tolist(), ids[ended].tolist(), are_stops, strict=True
         ):
             reason = FinishReason.STOP if is_stop else FinishReason.LENGTH
             sequence = table.sequences[idx]
@@ -223,17 +227,36 @@ class Scheduler:
     # --- decode
 
     def _schedule_decode(self) -> DecodeBatch | None:
-        table, blocks = self._table, self._blocks
+        table = self._table
         rows = self._running
         # A sequence whose last token is in flight needs no row: length stops never overshoot.
-        rows = rows[table.num_launched[rows] < table.max_total[rows]]
-        full = rows[table.num_computed[rows] == table.num_blocks[rows] * table.block_size]
+        launched = table.num_launched[rows]
+        goes_on = launched < table.max_total[rows]
+        if np.count_nonzero(goes_on) < len(rows):
+            rows, launched = rows[goes_on], launched[goes_on]
+        computed = table.num_computed[rows]
+        is_full = computed == table.num_blocks[rows] * table.block_size
+        if np.count_nonzero(is_full):
+            preempted = self._give_blocks_to(rows[is_full], rows)
+            if preempted:
+                kept = ~np.isin(rows, list(preempted))
+                rows, launched, computed = rows[kept], launched[kept], computed[kept]
+        if len(rows) == 0:
+            return None
+        context_lens = computed + 1
+        table.num_computed[rows] = context_lens
+        table.num_launched[rows] = launched + 1
+        return DecodeBatch(rows, table.epochs[rows], context_lens)
+
+    def _give_blocks_to(self, full: Rows, rows: Rows) -> set[int]:
+        """One more block for each of `full`, some of `rows`. Gives those preempted for it."""
+        table, blocks = self._table, self._blocks
         preempted: set[int] = set()
-        if 0 < len(full) <= blocks.num_free:
+        if len(full) <= blocks.num_free:
             table.give_block_each(full, blocks.allocate(len(full)))
-            full = full[:0]
+            return preempted
         # The one that arrived last gives up its own.
-        candidates = rows[np.argsort(table.arrivals[rows])].tolist() if len(full) else []
+        candidates = rows[np.argsort(table.arrivals[rows])].tolist()
         for idx in full.tolist():
             while idx not in preempted and blocks.num_free == 0:
                 victim = candidates.pop()
@@ -241,13 +264,7 @@ class Scheduler:
                 preempted.add(victim)
             if idx not in preempted:
                 table.give_blocks(idx, blocks.allocate(1))
-        if preempted:
-            rows = rows[~np.isin(rows, list(preempted))]
-        if len(rows) == 0:
-            return None
-        table.num_computed[rows] += 1
-        table.num_launched[rows] += 1
-        return DecodeBatch(rows, table.epochs[rows])
+        return preempted
 
     def _preempt(self, idx: int) -> None:
         """Frees a sequence's blocks; it is prefilled again, output included, when there is room."""

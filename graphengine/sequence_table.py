@@ -50,8 +50,10 @@ class SequenceTable:
         # Unused entries repeat a used one, so every entry is a valid id where has_stop_ids is true.
         self.stop_ids = np.zeros((lines, MAX_STOP_IDS), np.int64)
         self.num_stop_places = 0  # columns of stop_ids that any sequence has used so far
+        self.suppresses_stops = False  # whether any sequence so far did, at its start
         self.has_stop_ids = np.zeros(lines, np.bool_)
         self.has_stop_strings = np.zeros(lines, np.bool_)
+        self.any_stop_strings = False  # of any sequence so far
         self.sequences: list[Sequence | None] = [None] * lines
         self._free = list(range(max_num_seqs - 1, -1, -1))
 
@@ -77,7 +79,9 @@ class SequenceTable:
         self.seeds[idx] = sequence.seed
         self.num_stop_places = max(self.num_stop_places, len(sequence.stop_ids))
         self.has_stop_ids[idx] = bool(sequence.stop_ids)
+        self.suppresses_stops |= bool(sequence.stop_ids) and params.min_tokens > 0
         self.has_stop_strings[idx] = bool(params.stop)
+        self.any_stop_strings |= bool(params.stop)
         self.stop_ids[idx] = sequence.stop_ids[0] if sequence.stop_ids else 0
         self.stop_ids[idx, : len(sequence.stop_ids)] = sequence.stop_ids
         return idx

@@ -59,19 +59,19 @@ def decode_fields(table: SequenceTable) -> tuple[Field, ...]:
 def fill_decode(views: HostArrays, batch: DecodeBatch, table: SequenceTable) -> None:
     """Writes rows 0..n of `views` for the n sequences of `batch`, whose counts the scheduler has
     advanced already. Gathers only: no Python per row."""
-    rows = batch.rows
+    rows, context_lens = batch.rows, batch.context_lens
     n = len(rows)
-    context_lens = table.num_computed[rows]
-    positions = context_lens.astype(np.int64) - 1
+    positions = context_lens - 1
     columns = positions // table.block_size
     blocks = table.block_tables[rows, columns]
     views["seq_indices"][:n] = rows
     views["positions"][:n] = positions
     # Position within the block: what the columns before this one leave of it.
-    views["slot_mapping"][:n] = positions + (blocks - columns) * table.block_size
+    slots = np.multiply(blocks - columns, table.block_size, dtype=np.int64)
+    np.add(slots, positions, out=views["slot_mapping"][:n])
     views["context_lens"][:n] = context_lens
     np.take(table.block_tables, rows, axis=0, out=views["block_tables"][:n], mode="clip")
-    _fill_sampling(views, rows, table.num_launched[rows] - 1, table)
+    _fill_sampling(views, rows, context_lens, table)
 
 
 def _fill_sampling(
@@ -81,6 +81,9 @@ def _fill_sampling(
     n = len(rows)
     for name in ("temperature", "top_k", "top_p", "min_p", "seeds"):
         getattr(table, name).take(rows, out=views[name][:n], mode="clip")
+    if not table.suppresses_stops:
+        views["suppress_stops"][:n] = 0  # so nobody reads the stop ids
+        return
     np.take(table.stop_ids, rows, axis=0, out=views["stop_ids"][:n], mode="clip")
     views["suppress_stops"][:n] = table.has_stop_ids[rows] & (num_before < table.min_total[rows])
 

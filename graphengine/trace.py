@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # Threads of the trace, in the order they are shown.
 _HOST = "host"
-_ROWS = (_HOST, "copy_in", "compute", "copy_out")
+_ROWS = (_HOST, "copy_in", "compute")
 
 
 class TraceFile:

@@ -72,15 +72,16 @@ class StepProbe:
         blocks = np.random.default_rng(0).permutation(llm.num_blocks)[: rows * per_row] + 1
         lines = np.arange(rows)
         table.block_tables[lines, :per_row] = blocks.reshape(rows, per_row)
-        batch = DecodeBatch(lines, table.epochs[lines])
 
         def run() -> list[DeviceSpan]:
             table.num_computed[lines] = first
             table.num_launched[lines] = first + 1
             before: Launched | None = None
-            for _ in range(GRID_STEPS):
-                table.num_computed[lines] += 1
-                table.num_launched[lines] += 1
+            for context_len in range(first + 1, first + 1 + GRID_STEPS):
+                table.num_computed[lines] = context_len
+                table.num_launched[lines] = context_len + 1
+                context_lens = table.num_computed[lines]
+                batch = DecodeBatch(lines, table.epochs[lines], context_lens)
                 launched = self._runner.launch(batch, table)
                 if before is not None:
                     before.wait()

@@ -23,7 +23,6 @@ from captures import (
     COMPUTE,
     Arena,
     Bank,
-    BankPart,
     Banks,
     BankState,
     BankStateError,
@@ -139,8 +138,8 @@ def make_banks(streams: CpuStreams | None = None) -> Banks:
     return Banks(streams or CpuStreams(), "bank", in_bytes=16, out_bytes=16)
 
 
-def launch(banks: Banks, bank: Bank, step: Callable[[BankPart], None] = lambda part: None) -> None:
-    banks.launch(bank, step, in_bytes=16, out_bytes=16)
+def launch(banks: Banks, bank: Bank, step: Callable[[], None] = lambda: None) -> None:
+    banks.launch(bank, step, in_bytes=16)
 
 
 TURNS: Mapping[BankState, list[str]] = {
@@ -195,7 +194,7 @@ def test_banks_are_used_in_turn_and_never_more_than_there_are() -> None:
 
 
 def test_failed_step_leaves_banks_usable_after_reset() -> None:
-    def fail(part: BankPart) -> None:
+    def fail() -> None:
         raise KeyboardInterrupt
 
     banks = make_banks()
@@ -258,26 +257,34 @@ def test_rows_no_sequence_uses_hold_the_pad_values(num_rows: int) -> None:
 
 def test_padding_for_capture_fills_every_row() -> None:
     pipeline = StepPipeline(INPUTS, OUTPUTS, LADDER, CpuStreams())
-    pipeline.fill_with_padding(4)
-    assert pipeline.static_inputs[4]["numbers"].tolist() == [-5] * 4
-    assert pipeline.static_inputs[4]["pairs"].tolist() == [[0.25] * 2] * 4
+    for bank_index in range(pipeline.num_banks):
+        pipeline.fill_with_padding(4, bank_index)
+        inputs = pipeline.buffers[4, bank_index].inputs
+        assert inputs["numbers"].tolist() == [-5] * 4
+        assert inputs["pairs"].tolist() == [[0.25] * 2] * 4
 
 
 def test_step_function_sees_the_same_addresses_in_every_call() -> None:
-    """A captured graph has them baked in."""
-    seen: dict[int, set[tuple[int, ...]]] = {}
+    """A captured graph has them baked in: those of a bucket and a bank."""
+    seen: dict[tuple[int, int], set[tuple[int, ...]]] = {}
+    bank_index = 0
 
     def look(inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]) -> None:
         views = [*inputs.values(), *outputs.values()]
-        seen.setdefault(len(views[0]), set()).add(tuple(view.data_ptr() for view in views))
+        key = len(views[0]), bank_index
+        seen.setdefault(key, set()).add(tuple(view.data_ptr() for view in views))
 
     runner = make_runner(CpuStreams(), look)
-    for rows in (1, 2, 3, 4, 5, 8, 7, 3, 1):
+    for rows in 2 * (1, 2, 3, 4, 5, 8, 7, 3, 1):
         step = runner.open(rows)
+        bank_index = step.bank.index
         runner.launch(step)
         runner.wait(step)
-    assert set(seen) == set(LADDER.sizes)
+    assert set(seen) == {(size, index) for size in LADDER.sizes for index in (0, 1)}
     assert all(len(addresses) == 1 for addresses in seen.values())
+    for size in LADDER.sizes:
+        (first,), (second,) = seen[size, 0], seen[size, 1]
+        assert not set(first) & set(second), "two banks share memory"
 
 
 def test_outputs_are_copies_of_the_rows_in_use() -> None:
@@ -342,8 +349,10 @@ class LoggingStreams(CpuStreams):
     def __init__(self, log: Log) -> None:
         super().__init__(log)
         self.log = log
+        self.numbers = itertools.count()
 
     def event(self, name: str, *, timed: bool = False) -> Any:
+        name = f"{name}{next(self.numbers)}" if timed else name  # the clock's share a name
         event: Any = super().event(name, timed=timed)
         event.synchronize = lambda: self.log.append(("host", "sync", name))
         return event
@@ -374,12 +383,17 @@ class Order:
         return first in self.earlier[second]
 
 
-def drive(streams: Any, log: Log, *, num_steps: int = 7) -> list[dict[str, Any]]:
-    """An asynchronous loop: launches step N+1 before it waits for N."""
-    runner = make_runner(streams)
+def drive(
+    streams: Any, log: Log, *, num_steps: int = 7, clock: StepClock | None = None
+) -> list[dict[str, Any]]:
+    """An asynchronous loop: launches step N+1 before it waits for N. A clock is read every turn, so
+    its events come round as early as they may."""
+    runner = make_runner(streams, clock=clock)
     in_flight: deque[Step] = deque()
     outputs = []
     for number in range(num_steps + 1):
+        if clock is not None:
+            clock.collect()
         if number < num_steps:
             step = runner.open(1 + number % 5)
             log.append(("host", "fill", step.bank.name))
@@ -405,23 +419,22 @@ def broken_orders(log: Log) -> list[str]:
 
     for parity, bank in enumerate(("step0", "step1")):
         fills, reads = order.places("fill", bank), order.places("read", bank)
-        ins, outs = order.places("copy", f"{bank}.in"), order.places("copy", f"{bank}.out")
-        own = runs[parity::2]
-        assert len(fills) == len(ins) == len(own) == len(outs) == len(reads) >= 3
+        ins, own = order.places("copy", f"{bank}.in"), runs[parity::2]
+        assert len(fills) == len(ins) == len(own) == len(reads) >= 3
         check("copy-in before the step", ins, own)
-        check("step before copy-out", own, outs)
-        check("copy-out before the host reads", outs, reads)
+        check("step before the host reads", own, reads)
         check("fill before copy-in", fills, ins)
         check("copy-in before the bank's next fill", ins, fills[1:])
         check("step before the bank's next copy-in", own, ins[1:])
-        check("copy-out before the bank's next step", outs, own[1:])
-        check("host read before the bank's next copy-out", reads, outs[1:])
+        check("host read before the bank's next step", reads, own[1:])
     return broken
 
 
-def test_streams_keep_every_reader_and_writer_apart() -> None:
+@pytest.mark.parametrize("is_timed", [False, True], ids=["", "timed"])
+def test_streams_keep_every_reader_and_writer_apart(is_timed: bool) -> None:
     log: Log = []
-    drive(LoggingStreams(log), log)
+    streams = LoggingStreams(log)
+    drive(streams, log, clock=StepClock(streams) if is_timed else None)
     assert broken_orders(log) == []
 
 
@@ -439,8 +452,7 @@ def test_copy_in_overlaps_the_step_before() -> None:
 
 MUTATIONS = {
     "copy-in before the step": ("launch", "streams.wait(COMPUTE, bank.copied)", "pass"),
-    "step before copy-out": ("launch", "streams.wait(COPY_OUT, bank.computed)", "pass"),
-    "copy-out before the host reads": ("wait", "bank.ready.synchronize()", "pass"),
+    "step before the host reads": ("wait", "bank.ready.synchronize()", "pass"),
 }
 
 
@@ -466,7 +478,7 @@ def test_event_is_recorded_once_per_use_and_waited_for_after_that() -> None:
     """SGLang PR 31072: a shared event re-recorded before its waiter was queued."""
     log: Log = []
     drive(LoggingStreams(log), log, num_steps=6)
-    for bank, event in itertools.product(("step0", "step1"), ("copied", "computed", "ready")):
+    for bank, event in itertools.product(("step0", "step1"), ("copied", "ready")):
         name = f"{bank}.{event}"
         verbs = [verb for _, verb, n in log if n == name and verb in ("record", "wait")]
         waits = [] if event == "ready" else ["wait"]
@@ -481,9 +493,8 @@ def test_copies_may_run_as_late_as_their_events_allow() -> None:
         assert one["copies"].tolist() == [10 * number + i for i in range(1 + number % 5)]
 
 
-@pytest.mark.parametrize("what", ["copy-in before the step", "copy-out before the host reads"])
-def test_late_copies_show_a_missing_event(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, old, new = MUTATIONS[what]
+def test_late_copies_show_a_missing_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, old, new = MUTATIONS["copy-in before the step"]
     monkeypatch.setattr(Banks, name, mutated(getattr(Banks, name), old, new))
     right = [output["copies"].tolist() for output in drive(CpuStreams(), [])]
     assert [output["copies"].tolist() for output in drive(LateStreams(), [])] != right
@@ -515,7 +526,7 @@ def test_one_stream_given_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         def __init__(self, number: int) -> None:
             self.cuda_stream = number
 
-    numbers = iter([1, 2, 1, 1, 2, 3])
+    numbers = iter([1, 1, 1, 2])
     monkeypatch.setattr(captures.streams, "_cuda_stream", lambda device: Handle(next(numbers)))
     with pytest.raises(RuntimeError, match="same CUDA stream twice"):
         CudaStreams(torch.device("cuda"))
@@ -640,8 +651,8 @@ def test_clock_of_a_launch_on_its_way_is_not_read(fake_time: FakeTime) -> None:
     clock.begin("decode")
     clock.end()
     ends = clock._pending[COMPUTE][-1].end
-    streams.copy(captures.streams.COPY_OUT, torch.zeros(1), torch.zeros(1), "held")
-    streams.record(ends, captures.streams.COPY_OUT)
+    streams.copy(captures.streams.COPY_IN, torch.zeros(1), torch.zeros(1), "held")
+    streams.record(ends, captures.streams.COPY_IN)
     clock.collect()
     assert clock.reading.num_launches == {}
     streams.synchronize()

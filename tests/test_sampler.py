@@ -47,7 +47,19 @@ def sampler_on(device: torch.device) -> Sample:
         places = torch.as_tensor(positions, dtype=torch.int64).expand(num_rows).contiguous()
         params = tensors(num_rows, device, options)
         out = torch.full((num_rows,), -1, device=device)
-        sample(kernels_for(device), logits.to(device), params, places.to(device), out)
+        seq_indices = torch.randperm(num_rows + 3)[:num_rows].to(device)
+        last_token_ids = torch.full((num_rows + 3,), -1, device=device)
+        sample(
+            kernels_for(device),
+            logits.to(device),
+            params,
+            places.to(device),
+            out=out,
+            seq_indices=seq_indices,
+            last_token_ids=last_token_ids,
+        )
+        assert torch.equal(last_token_ids[seq_indices], out)
+        assert int((last_token_ids == -1).sum()) == 3
         return out.tolist()
 
     return run
@@ -379,17 +391,27 @@ def test_captured_sample_follows_its_inputs(fused: ModuleType) -> None:
         tensors(num_rows, cuda, {"stop_ids": [[0] * 4]}),
         torch.zeros_like(batches[0][2]),
     )
-    out, expected = torch.zeros(2, num_rows, dtype=torch.int64, device=cuda)
-    sample(fused, *static, out)  # compiles, which a capture does not allow
+    # The host reads what the device writes to its memory.
+    out = torch.zeros(num_rows, dtype=torch.int64, pin_memory=True)
+    expected = torch.zeros(num_rows, dtype=torch.int64, device=cuda)
+    last_token_ids = torch.zeros(num_rows, dtype=torch.int64, device=cuda)
+    fed_back = {
+        "seq_indices": torch.arange(num_rows, device=cuda).flip(0),
+        "last_token_ids": last_token_ids,
+    }
+    sample(fused, *static, out=out, **fed_back)  # compiles, which a capture does not allow
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        sample(fused, *static, out)
+        sample(fused, *static, out=out, **fed_back)
     for batch in (*batches, batches[0]):
         static[0].copy_(batch[0])
         for name, value in vars(batch[1]).items():
             getattr(static[1], name).copy_(value)
         static[2].copy_(batch[2])
         graph.replay()
-        sample(fused, *batch, expected)
-        assert torch.equal(out, expected)
+        torch.cuda.synchronize()
+        seen, fed = out.clone(), last_token_ids.flip(0).cpu()
+        sample(fused, *batch, out=expected, **fed_back)
+        assert torch.equal(seen, expected.cpu())
+        assert torch.equal(fed, seen)

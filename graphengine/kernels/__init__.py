@@ -86,6 +86,8 @@ class Kernels(Protocol):
         stop_ids: Tensor,
         suppress_stops: Tensor,
         out: Tensor,
+        seq_indices: Tensor,
+        last_token_ids: Tensor,
     ) -> None: ...
 
 

@@ -51,8 +51,10 @@ def sample(
     stop_ids: Tensor,
     suppress_stops: Tensor,
     out: Tensor,
+    seq_indices: Tensor,
+    last_token_ids: Tensor,
 ) -> None:
-    """`reference.sample`. Two launches; the last dimension of the logits and `out` is dense."""
+    """`reference.sample`. Two launches; the last dimension of the logits and all else is dense."""
     num_rows, vocab_size = logits.shape
     num_splits = triton.cdiv(vocab_size, _SPLIT)
     device = logits.device
@@ -92,6 +94,8 @@ def sample(
         (num_rows,),
         *rows,
         out,
+        seq_indices,
+        last_token_ids,
         *sizes,
         num_splits,
         NUM_STOPS=stop_ids.shape[1],
@@ -175,6 +179,8 @@ def _combine_kernel(
     partial_scores_ptr: tl.tensor,
     partial_ids_ptr: tl.tensor,
     token_ids_ptr: tl.tensor,
+    seq_indices_ptr: tl.tensor,
+    last_token_ids_ptr: tl.tensor,
     logits_stride: tl.tensor,
     stops_stride: tl.tensor,
     vocab_size: tl.tensor,
@@ -190,6 +196,7 @@ def _combine_kernel(
     top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row)
     min_p = tl.load(min_p_ptr + row)
+    seq_index = tl.load(seq_indices_ptr + row)
     enter_early(EARLY)
     scores_ptr = partial_scores_ptr + row * num_splits
     splits = tl.arange(0, SPLITS_PADDED)
@@ -233,6 +240,7 @@ def _combine_kernel(
             NUM_STOPS, BLOCK,
         )  # fmt: skip
     tl.store(token_ids_ptr + row, token_id.to(tl.int64))
+    tl.store(last_token_ids_ptr + seq_index, token_id.to(tl.int64))
 
 
 @triton.jit

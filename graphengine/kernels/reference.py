@@ -143,9 +143,11 @@ def sample(
     stop_ids: Tensor,
     suppress_stops: Tensor,
     out: Tensor,
+    seq_indices: Tensor,
+    last_token_ids: Tensor,
 ) -> None:
-    """out = one token id per row, int64 [B]: a function of that row's arguments and of nothing
-    else.
+    """out = last_token_ids[seq_indices] = one token id per row: a function of that row's arguments
+    and of nothing else.
 
     logits: [B, V], any float dtype. NaN counts as -inf.
     temperature: float32 [B]. Below MIN_TEMPERATURE the row is greedy: the largest logit, the lowest
@@ -158,25 +160,51 @@ def sample(
         of the kept logits / temperature + Gumbel noise, which is a draw from their softmax.
     stop_ids: int64 [B, M]. Where suppress_stops, int32 [B], is not 0 they count as -inf.
 
+    out: int64 [B], on the device or in pinned host memory. seq_indices: int64 [B], lines of
+        last_token_ids, int64; of rows that share one any one's token is left there.
+
     Ties are kept or dropped together, so a filter may keep more tokens than its number.
     """
+    token_ids = _sampled(
+        logits,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seeds=seeds,
+        positions=positions,
+        suppressed=_suppressed(stop_ids, suppress_stops, logits.shape[1]),
+    )
+    out.copy_(token_ids)
+    last_token_ids[seq_indices] = token_ids
+
+
+def _sampled(
+    logits: Tensor,
+    *,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    suppressed: Tensor,
+) -> Tensor:
+    """Token ids, int64 [B]. suppressed: bool [B, V]."""
     vocab_size = logits.shape[1]
     ids = torch.arange(vocab_size, device=logits.device)
     scores = logits.float()
-    scores = scores.masked_fill(
-        scores.isnan() | _suppressed(stop_ids, suppress_stops, vocab_size), -torch.inf
-    )
+    scores = scores.masked_fill(scores.isnan() | suppressed, -torch.inf)
     greedy = temperature < MIN_TEMPERATURE
     greedy_ids = scores.argmax(dim=-1)
     # On the CPU reading a value costs nothing, the noise of a large vocabulary much.
     if logits.device.type == "cpu" and bool(greedy.all()):
-        out.copy_(greedy_ids)
-        return
+        return greedy_ids
     divisor = temperature.masked_fill(greedy, 1.0).unsqueeze(1)
     kept = _kept(scores, divisor, top_k=top_k, top_p=top_p, min_p=min_p)
     noisy = scores / divisor + gumbel_noise(seeds.unsqueeze(1), positions.unsqueeze(1), ids)
     sampled_ids = noisy.masked_fill(~kept, -torch.inf).argmax(dim=-1)
-    out.copy_(torch.where(greedy, greedy_ids, sampled_ids))
+    return torch.where(greedy, greedy_ids, sampled_ids)
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
