@@ -46,6 +46,7 @@ from graphengine.options import (
     TopK,
     TopP,
     Trace,
+    Tuning,
     environment_defaults,
     parse_ids,
 )
@@ -137,6 +138,7 @@ def generate(
     kv_cache_memory_bytes: KVCacheMemoryBytes = None,
     no_graphs: NoGraphs = False,
     no_overlap: NoOverlap = False,
+    tuning: Tuning = EngineConfig.tuning,
     trace: Trace = None,
 ) -> None:
     """Generate text for prompts, given as arguments or in a file.
@@ -163,6 +165,7 @@ def generate(
             seed=seed,
             enforce_eager=no_graphs,
             async_scheduling=not no_overlap,
+            tuning=tuning,
             trace=trace,
         )
         sampling_params = SamplingParams(

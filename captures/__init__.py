@@ -7,7 +7,7 @@ from captures.eager import EagerRunner
 from captures.fields import Arena, Field, Layout
 from captures.graph import Called, CaptureError, CaptureReport, GraphRunner, Replayable, capture
 from captures.runner import HostArrays, Step, StepFn, StepPipeline, StepRunner
-from captures.streams import COMPUTE, CpuStreams, CudaStreams, Streams, make_streams
+from captures.streams import COMPUTE, CpuStreams, CudaStreams, Event, Streams, make_streams
 
 __all__ = [
     "COMPUTE",
@@ -26,6 +26,7 @@ __all__ = [
     "CudaStreams",
     "DeviceSpan",
     "EagerRunner",
+    "Event",
     "Field",
     "GraphRunner",
     "HostArrays",

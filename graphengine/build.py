@@ -7,13 +7,14 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from captures import BucketLadder, CaptureError, StepClock, Streams, make_streams
 from graphengine.attention.flash import FlashAttention
 from graphengine.errors import CapacityError
-from graphengine.kernels import kernels_for
+from graphengine.kernels import Kernels, kernels_for
 from graphengine.kernels.ahead import compiled_ahead
 from graphengine.kv_cache import KVCache
 from graphengine.metrics import Laps
@@ -22,6 +23,10 @@ from graphengine.model_runner import ModelRunner
 from graphengine.resolve import Resolved
 from graphengine.sequence_table import SequenceTable
 from graphengine.weights import check_weights, dummy_weights, load_weights
+
+# It needs Triton.
+if TYPE_CHECKING:
+    from graphengine.tuning import Tuning
 
 # Without a figure from the user the CPU's KV cache takes what could be used, at most this much.
 CPU_KV_BYTES = 2**30
@@ -56,7 +61,10 @@ def _build_runner(resolved: Resolved, laps: Laps) -> tuple[StepClock, ModelRunne
     if resolved.device.type == "cuda":
         torch.cuda.synchronize(resolved.device)  # makes the context, unless there is one
     laps.end("device")
-    kernels_for(resolved.device)
+    kernels = kernels_for(resolved.device)
+    tuning = _make_tuning(resolved)
+    if tuning is not None:
+        kernels = tuning.kernels
     laps.end("imports")  # of Triton
     # Where nothing has to be measured, too little memory is known before the weights are read.
     num_blocks = _num_blocks_if_known(resolved)
@@ -66,28 +74,44 @@ def _build_runner(resolved: Resolved, laps: Laps) -> tuple[StepClock, ModelRunne
         # Headers only: a bad checkpoint fails before anything is allocated.
         check_weights(resolved.model_path, resolved.model_config)
     streams = make_streams(resolved.device)
-    with _kernels_compiling(resolved, streams, laps):
-        model = _load_model(resolved)
+    with _kernels_compiling(resolved, kernels, tuning, streams, laps):
+        model = _load_model(resolved, kernels)
         laps.end("weights")
     with model.exclusive():
-        return _make_ready(resolved, laps, model, streams, num_blocks)
+        if tuning is not None:
+            tuning.measure(model, streams)
+            laps.end("tuning")
+        return _make_ready(resolved, laps, model, kernels, streams, num_blocks)
+
+
+def _make_tuning(resolved: Resolved) -> Tuning | None:
+    """None where products run in one way only, or as their rule says."""
+    if resolved.device.type != "cuda" or resolved.config.tuning == "off":
+        return None
+    if resolved.dtype == torch.float32:
+        return None
+    from graphengine.tuning import Tuning
+
+    return Tuning(resolved)
 
 
 @contextlib.contextmanager
-def _kernels_compiling(resolved: Resolved, streams: Streams, laps: Laps) -> Iterator[None]:
+def _kernels_compiling(
+    resolved: Resolved, kernels: Kernels, tuning: Tuning | None, streams: Streams, laps: Laps
+) -> Iterator[None]:
     """Within it the kernels that steps will launch compile, in threads."""
     if resolved.device.type != "cuda":
         yield
         return
-    with compiled_ahead(resolved.device, lambda: rehearse(resolved, streams)):
+    with compiled_ahead(resolved.device, lambda: rehearse(resolved, kernels, tuning, streams)):
         laps.end("kernels")
         yield
     laps.end("kernels")
 
 
-def rehearse(resolved: Resolved, streams: Streams) -> None:
+def rehearse(resolved: Resolved, kernels: Kernels, tuning: Tuning | None, streams: Streams) -> None:
     """Runs every kind of step there is, on the null block, by a model of few layers, with weights
-    nobody has set. Blocks until done."""
+    nobody has set; and each way of products that are to be measured. Blocks until done."""
     model_config = resolved.model_config
     windows = model_config.sliding_windows
     windows = tuple(windows[index] for index in layers_to_try(windows))
@@ -96,8 +120,11 @@ def rehearse(resolved: Resolved, streams: Streams) -> None:
     )
     config = dataclasses.replace(resolved.config, enforce_eager=True)
     resolved = dataclasses.replace(resolved, config=config, model_config=model_config)
-    model = _empty_model(resolved)
-    runner = _make_runner(resolved, model, streams, StepClock(streams), 0, resolved.ladder)
+    model = _empty_model(resolved, kernels)
+    if tuning is not None:
+        tuning.rehearse(model)
+    clock = StepClock(streams)
+    runner = _make_runner(resolved, model, kernels, streams, clock, 0, resolved.ladder)
     runner.run_all_kinds_of_steps(make_table(resolved), max_context=context_to_try(resolved))
     runner.close()
     del model
@@ -109,16 +136,17 @@ def _make_ready(
     resolved: Resolved,
     laps: Laps,
     model: DecoderModel,
+    kernels: Kernels,
     streams: Streams,
     num_blocks: int | None,
 ) -> tuple[StepClock, ModelRunner, int]:
     """KV cache and graphs for a model with its weights."""
     if num_blocks is None:
-        num_blocks = _num_blocks_that_fit(resolved, model, streams)
+        num_blocks = _num_blocks_that_fit(resolved, model, kernels, streams)
         check_one_sequence_fits(num_blocks, resolved)
     laps.end("memory")
     clock = StepClock(streams, times_copies=resolved.config.trace is not None)
-    runner = _make_runner(resolved, model, streams, clock, num_blocks, resolved.ladder)
+    runner = _make_runner(resolved, model, kernels, streams, clock, num_blocks, resolved.ladder)
     if resolved.device.type == "cuda":
         # Takes from the allocator now what the largest steps will ever need of it.
         runner.run_largest_steps(make_table(resolved), max_context=context_to_try(resolved))
@@ -174,8 +202,8 @@ def check_one_sequence_fits(num_blocks: int, resolved: Resolved) -> None:
     )
 
 
-def _load_model(resolved: Resolved) -> DecoderModel:
-    model = _empty_model(resolved)
+def _load_model(resolved: Resolved, kernels: Kernels) -> DecoderModel:
+    model = _empty_model(resolved, kernels)
     if resolved.config.load_format == "dummy":
         dummy_weights(model, seed=resolved.config.seed)
     else:
@@ -183,12 +211,12 @@ def _load_model(resolved: Resolved) -> DecoderModel:
     return model
 
 
-def _empty_model(resolved: Resolved) -> DecoderModel:
+def _empty_model(resolved: Resolved, kernels: Kernels) -> DecoderModel:
     return DecoderModel(
         resolved.model_config,
         dtype=resolved.dtype,
         device=resolved.device,
-        kernels=kernels_for(resolved.device),
+        kernels=kernels,
         attention=resolved.attention,
         max_model_len=resolved.max_model_len,
         block_size=resolved.block_size,
@@ -198,6 +226,7 @@ def _empty_model(resolved: Resolved) -> DecoderModel:
 def _make_runner(
     resolved: Resolved,
     model: DecoderModel,
+    kernels: Kernels,
     streams: Streams,
     clock: StepClock,
     num_blocks: int,
@@ -214,7 +243,7 @@ def _make_runner(
         model,
         kv,
         make_table(resolved),
-        kernels=kernels_for(resolved.device),
+        kernels=kernels,
         streams=streams,
         clock=clock,
         ladder=ladder,
@@ -234,17 +263,21 @@ def _num_blocks_if_known(resolved: Resolved) -> int | None:
     return None if resolved.device.type == "cuda" else blocks_in(cpu_kv_bytes(resolved), resolved)
 
 
-def _num_blocks_that_fit(resolved: Resolved, model: DecoderModel, streams: Streams) -> int:
+def _num_blocks_that_fit(
+    resolved: Resolved, model: DecoderModel, kernels: Kernels, streams: Streams
+) -> int:
     """KV blocks in the GPU's memory, under gpu_memory_utilization of the whole, others' use of it
     included."""
-    working_bytes = _measure_working_bytes(resolved, model, streams)
+    working_bytes = _measure_working_bytes(resolved, model, kernels, streams)
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(resolved.device)
     budget = int(resolved.config.gpu_memory_utilization * total) - (total - free) - working_bytes
     return blocks_in(budget, resolved)
 
 
-def _measure_working_bytes(resolved: Resolved, model: DecoderModel, streams: Streams) -> int:
+def _measure_working_bytes(
+    resolved: Resolved, model: DecoderModel, kernels: Kernels, streams: Streams
+) -> int:
     """Bytes of buffers, of the largest steps at their peak and of all graphs: a trial with a KV
     cache of the null block alone, which captures the two largest buckets of decode steps, and of
     prefills what PrefillGraphs captures at once. The largest brings the pool all graphs share, the
@@ -252,7 +285,7 @@ def _measure_working_bytes(resolved: Resolved, model: DecoderModel, streams: Str
     ladder = BucketLadder(resolved.ladder.sizes[-2:])
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(resolved.device)
-    runner = _make_runner(resolved, model, streams, StepClock(streams), 0, ladder)
+    runner = _make_runner(resolved, model, kernels, streams, StepClock(streams), 0, ladder)
     torch.cuda.reset_peak_memory_stats(resolved.device)
     runner.run_largest_steps(make_table(resolved), max_context=context_to_try(resolved))
     step_bytes = torch.cuda.max_memory_allocated(resolved.device) - before

@@ -39,6 +39,10 @@ class EngineConfig:
     num_gpu_blocks_override: KV blocks (null block not counted) instead of any figure in bytes.
     seed: of dummy weights and of requests that bring no seed.
     enforce_eager: no CUDA graphs; the same step function is called instead.
+    tuning: which way each product of a decode step runs in on a GPU. "auto" measures it at the
+    first start, takes what is faster than the rule by the product's shape, and keeps it in
+    ~/.cache/graphengine/products; a folder is asked first and gets what it lacks, so that what goes
+    on with it rounds as it began; "off" is the rule. Ways differ in how sums round.
     async_scheduling: launch step N+1 before waiting for step N; False takes turns.
     trace: file for a Chrome trace of host phases and device work of all streams; None writes none.
     """
@@ -59,6 +63,7 @@ class EngineConfig:
     num_gpu_blocks_override: int | None = None
     seed: int = 0
     enforce_eager: bool = False
+    tuning: str = "auto"
     async_scheduling: bool = True
     trace: str | None = None
 
@@ -69,6 +74,9 @@ class EngineConfig:
             is_given = value is not None or name == "model"
             if is_given and (not isinstance(value, str) or not value):
                 raise ConfigError(f"{name} is {value!r}; give a directory or a hub id, as a string")
+        folder: object = self.tuning
+        if not isinstance(folder, str) or not folder:
+            raise ConfigError(f"tuning is {folder!r}; give auto, off or a folder, as a string")
         for name in ("skip_tokenizer_init", "enforce_eager", "async_scheduling"):
             value = getattr(self, name)
             if not isinstance(value, bool):

@@ -135,11 +135,11 @@ class DecoderModel(nn.Module):
             if config.tie_word_embeddings
             else empty_parameter(shape, dtype=dtype, device=device)
         )
-        self._cos_sin = rope_table(
+        self.cos_sin = rope_table(
             config.rope, head_dim=config.head_dim, num_positions=max_model_len, device=device
         )
         self._chain = kernels.decode_chain(
-            config, cos_sin=self._cos_sin, block_size=block_size, dtype=dtype, device=device
+            config, cos_sin=self.cos_sin, block_size=block_size, dtype=dtype, device=device
         )
 
     def forward(
@@ -166,21 +166,21 @@ class DecoderModel(nn.Module):
         *before, last = zip(layers, kv.k, kv.v, strict=False)
         added: Tensor | None = None
         for layer, k_cache, v_cache in before:
-            added = layer(added, residual, positions, self._cos_sin, k_cache, v_cache, metadata)
+            added = layer(added, residual, positions, self.cos_sin, k_cache, v_cache, metadata)
         layer, k_cache, v_cache = last
         if isinstance(metadata, PrefillMetadata):
             heads = layer.begin(
                 None,
                 residual,
                 positions,
-                self._cos_sin,
+                self.cos_sin,
                 k_cache,
                 v_cache,
                 metadata.slot_mapping,
                 decode=False,
             )
             return self.finish_prefill(heads, residual, kv, metadata)
-        added = layer(added, residual, positions, self._cos_sin, k_cache, v_cache, metadata)
+        added = layer(added, residual, positions, self.cos_sin, k_cache, v_cache, metadata)
         return self._kernels.add_rms_norm(added, residual, self.norm, self.config.rms_norm_eps)
 
     def finish_prefill(
@@ -217,7 +217,7 @@ class DecoderModel(nn.Module):
             None,
             residual,
             inputs["positions"],
-            self._cos_sin,
+            self.cos_sin,
             kv.k[index],
             kv.v[index],
             inputs["slot_mapping"],

@@ -59,6 +59,13 @@ KVCacheMemoryBytes = Annotated[
 NoGraphs = Annotated[
     bool, typer.Option("--no-graphs", help="Call the same step instead of replaying it.")
 ]
+Tuning = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|off|FOLDER",
+        help="auto: at the first start measure how matrix products run fastest on a GPU; kept.",
+    ),
+]
 Trace = Annotated[
     str | None,
     typer.Option(

@@ -203,4 +203,4 @@ def _forward(
     with torch.inference_mode():
         residual = torch.nn.functional.embedding(ids, model.embed_tokens)
         for layer, k_cache, v_cache in zip(model.layers, kv.k, kv.v, strict=True):
-            layer(None, residual, positions, model._cos_sin, k_cache, v_cache, metadata)
+            layer(None, residual, positions, model.cos_sin, k_cache, v_cache, metadata)

@@ -23,6 +23,7 @@ import graphengine.build
 import graphengine.model_runner
 from captures import BucketLadder, Called, make_streams
 from graphengine import LLM
+from graphengine.kernels import kernels_for
 from graphengine.kernels.ahead import compiled_ahead, is_rehearsal, launch
 from graphengine.layers import DecoderLayer
 from graphengine.model import DecoderModel, layers_to_try
@@ -141,7 +142,7 @@ def test_rehearsal_runs_every_bucket_and_each_kind_of_prefill(
         monkeypatch.setattr(ModelRunner, "decode_step", watched_decode)
         monkeypatch.setattr(ModelRunner, "prefill", watched_prefill)
         monkeypatch.setattr(graphengine.build, "_make_runner", with_graphs)
-        graphengine.build.rehearse(llm._resolved, make_streams(CPU))
+        graphengine.build.rehearse(llm._resolved, kernels_for(CPU), None, make_streams(CPU))
         assert sorted(decodes) == list(llm._resolved.ladder.sizes)
     assert made == [(True, 2)]
     # The largest, the last chunk of a prompt, the smallest, and each bucket.

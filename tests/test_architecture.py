@@ -60,6 +60,8 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "kernels.paged_decode",
         "kernels.reference",
         "kernels.tiles",
+        "kernels.tuned",
+        "kernels.ways",
         "checkpoint",
         "kv_cache",
         "layers",
@@ -69,7 +71,16 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
     ),
     # The first two alone turn the one into the other.
     "step": ("step_inputs", "model_runner", "prefill_graphs"),
-    "engine": ("resolve", "build", "plan", "trace", "engine"),
+    "engine": (
+        "resolve",
+        "build",
+        "plan",
+        "trace",
+        "tuning",
+        "tuning_file",
+        "tuning_trial",
+        "engine",
+    ),
     # Dataset jobs. The engine is imported when it is made, in a worker: the rest loads no torch.
     "jobs": (
         "jobs",

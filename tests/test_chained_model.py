@@ -52,7 +52,7 @@ def test_chained_decode_steps_agree_with_single_kernels(name: str, tmp_path: Pat
     ]
     chain = DecodeChain(
         config,
-        cos_sin=model._cos_sin,
+        cos_sin=model.cos_sin,
         block_size=BLOCK_SIZE,
         device=CPU,
         launcher=CpuLauncher(config, num_blocks=3, folder=tmp_path),

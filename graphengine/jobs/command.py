@@ -43,6 +43,7 @@ from graphengine.options import (
     TopK,
     TopP,
     Trace,
+    Tuning,
     environment_defaults,
     parse_ids,
 )
@@ -143,6 +144,7 @@ def run(
     kv_cache_memory_bytes: KVCacheMemoryBytes = None,
     no_graphs: NoGraphs = False,
     no_overlap: NoOverlap = False,
+    tuning: Tuning = EngineConfig.tuning,
     trace: Trace = None,
 ) -> None:
     """Run a model over a dataset. The same command again goes on where it was left.
@@ -183,6 +185,7 @@ def run(
                 seed=seed,
                 enforce_eager=no_graphs,
                 async_scheduling=not no_overlap,
+                tuning=tuning,
                 trace=trace,
             ),
             sampling=SamplingParams(

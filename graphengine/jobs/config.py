@@ -34,6 +34,7 @@ _SPEED_OPTIONS = (
     "kv_cache_memory_bytes",
     "num_gpu_blocks_override",
     "enforce_eager",
+    "tuning",
     "async_scheduling",
     "trace",
 )

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from itertools import islice
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -76,9 +77,11 @@ def run_job(
         job.recover(say)
         pool = WorkerPool(
             devices,
-            # Paths, so that no worker asks the hub again.
+            # Paths, so that no worker asks the hub again. What was measured stays with the job, so
+            # that it goes on by it, wherever that is.
             engine=dataclasses.replace(
                 config.engine,
+                tuning=_tuning(config.engine.tuning, place.state),
                 model=str(model_path),
                 tokenizer=None if tokenizer_path is None else str(tokenizer_path),
             ),
@@ -88,6 +91,10 @@ def run_job(
             factory=factory,
         )
         return job.run(pool, console, say, counts or Counts())
+
+
+def _tuning(option: str, state: Path) -> str:
+    return str(state / "products") if option == "auto" else option
 
 
 class _Job:

@@ -30,15 +30,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from graphengine.kernels.ahead import launch
 from graphengine.kernels.gated_linear import gated_linear
 from graphengine.kernels.launch import early_launch, enter_early, is_hopper
-from graphengine.kernels.tiles import (
-    Tiles,
-    WideTiles,
-    gated_features,
-    linear_tiles,
-    padded_rows,
-    silu_tiles,
-    wide_tiles,
-)
+from graphengine.kernels.tiles import Tiles, WideTiles, gated_features, linear_tiles, padded_rows
+from graphengine.kernels.ways import GatedTiles, Means, Product, Way, rule
 
 _HALF = (torch.bfloat16, torch.float16)
 _SILU_BLOCK = 1024
@@ -58,20 +51,29 @@ def linear(
         if bias is None:
             return torch.mm(x, weight.t(), out=out)
         return torch.addmm(bias, x, weight.t(), out=out)
-    if decode and not whole and _may_be_wide(x):
-        wide = wide_tiles(x.shape[0], *weight.shape, silu=False)
-        if wide is not None:
-            return _launch_wide(x, weight, bias, wide, silu=False)
-    tiles = linear_tiles(x.shape[0], *weight.shape, whole=whole) if decode or whole else None
-    if tiles is None or x.dtype not in _HALF:
+    way: Way = None
+    if whole and x.dtype in _HALF:
+        way = linear_tiles(x.shape[0], *weight.shape, whole=True)
+    elif decode and not whole:
+        way = rule(product_of(x, weight, silu=False), means_of(x, bias))
+    return linear_by(way, x, weight, bias)
+
+
+def linear_by(way: Way, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear`, in one of its `ways`. Raises ValueError for one that is none of its own."""
+    if way is None:
         return F.linear(x, weight, bias)
+    if isinstance(way, WideTiles):
+        return _launch_wide(x, weight, bias, way, silu=False)
+    if not isinstance(way, Tiles):
+        raise ValueError(f"{way} is no way to run a product without SiLU")
     num_rows, num_features = x.shape[0], weight.shape[0]
-    if tiles.splits == 1:
+    if way.splits == 1:
         out = torch.empty((num_rows, num_features), dtype=x.dtype, device=x.device)
     else:
-        shape = (tiles.splits, num_rows, num_features)
+        shape = (way.splits, num_rows, num_features)
         out = torch.empty(shape, dtype=torch.float32, device=x.device)
-    _launch(x, weight, bias, out, tiles, silu=False)
+    _launch(x, weight, bias, out, way, silu=False)
     return out
 
 
@@ -86,24 +88,43 @@ def linear_silu_mul(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, decode: bool = False
 ) -> Tensor:
     """`reference.linear_silu_mul`."""
-    if decode and _may_be_wide(x):
-        wide = wide_tiles(x.shape[0], weight.shape[0] // 2, weight.shape[1], silu=True)
-        if wide is not None:
-            return _launch_wide(x, weight, bias, wide, silu=True)[0]
-    if x.dtype == torch.bfloat16 and bias is None and is_hopper(x.device):
-        features = gated_features(x.shape[0], weight.shape[0] // 2, weight.shape[1])
-        if features is not None:
-            return gated_linear(x, weight, features)
-    tiles = silu_tiles(x.shape[0], weight.shape[0] // 2, weight.shape[1]) if decode else None
-    if tiles is None or x.dtype not in _HALF:
+    product, means = product_of(x, weight, silu=True), means_of(x, bias)
+    way: Way = None
+    if decode:
+        way = rule(product, means)
+    elif means.gated:
+        features = gated_features(product.num_rows, product.num_features, product.depth)
+        way = None if features is None else GatedTiles(features)
+    return linear_silu_mul_by(way, x, weight, bias)
+
+
+def linear_silu_mul_by(way: Way, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear_silu_mul`, in one of its `ways`."""
+    if way is None:
         return _silu_mul(F.linear(x, weight, bias))
+    if isinstance(way, WideTiles):
+        return _launch_wide(x, weight, bias, way, silu=True)[0]
+    if isinstance(way, GatedTiles):
+        return gated_linear(x, weight, way.features)
     out = torch.empty((x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=x.device)
-    _launch(x, weight, bias, out, tiles, silu=True)
+    _launch(x, weight, bias, out, way, silu=True)
     return out
 
 
-def _may_be_wide(x: Tensor) -> bool:
-    return x.dtype in _HALF and is_hopper(x.device)
+def product_of(x: Tensor, weight: Tensor, *, silu: bool) -> Product:
+    """weight: [F, C], or with silu [2I, C]."""
+    num_features, depth = weight.shape
+    return Product(x.shape[0], num_features // 2 if silu else num_features, depth, silu)
+
+
+def means_of(x: Tensor, bias: Tensor | None) -> Means:
+    return means_on(x.device, x.dtype, has_bias=bias is not None)
+
+
+def means_on(device: torch.device, dtype: torch.dtype, *, has_bias: bool) -> Means:
+    is_half, on_hopper = dtype in _HALF, is_hopper(device)
+    is_gated = on_hopper and dtype == torch.bfloat16 and not has_bias
+    return Means(triton=is_half, tma=is_half and on_hopper, gated=is_gated)
 
 
 def _launch_wide(

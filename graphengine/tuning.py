@@ -1,0 +1,68 @@
+"""Which way does each product of a decode step run in? As files say, or as is measured once."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+import triton
+
+from captures import Streams
+from graphengine.kernels.decode_chain import DecodeChain
+from graphengine.kernels.fused_linear import means_on
+from graphengine.kernels.tuned import TunedKernels
+from graphengine.kernels.ways import ways
+from graphengine.model import DecoderModel
+from graphengine.resolve import Resolved
+from graphengine.tuning_file import CACHE, Choices, file_in
+from graphengine.tuning_trial import products_to_tune, try_all, tune
+from graphengine.version import __version__
+
+
+class Tuning:
+    """The kernels of an engine on a GPU, and which of its products are still to be measured.
+
+    What is measured is kept in the user's cache for a card, its software and a model's shape: all
+    that runs there later runs alike. A folder of the user's own (see EngineConfig.tuning) goes
+    before the cache, whatever card of the same kind and versions it was filled with, and gets what
+    it lacks: what goes on with it rounds as what began with it did."""
+
+    def __init__(self, resolved: Resolved) -> None:
+        config, device = resolved.model_config, resolved.device
+        model = {
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_heads": config.num_heads,
+            "num_kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "biases": [config.qkv_bias, config.o_bias, config.mlp_bias],
+            "dtype": str(resolved.dtype),
+            "capability": list(torch.cuda.get_device_capability(device)),
+        }
+        made_for = {
+            **model,
+            "card": torch.cuda.get_device_name(device),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "graphengine": __version__,
+        }
+        files: list[Path] = []
+        if resolved.config.tuning != "auto":
+            files.append(file_in(Path(resolved.config.tuning), model))
+        with contextlib.suppress(RuntimeError):  # no home
+            files.append(file_in(CACHE.expanduser(), made_for))
+        means = means_on(device, resolved.dtype, has_bias=config.mlp_bias)
+        is_chained = DecodeChain.takes(config, dtype=resolved.dtype, device=device)
+        num_chained = DecodeChain.max_rows if is_chained else 0
+        products = products_to_tune(config, resolved.ladder, num_chained=num_chained)
+        self._choices = Choices({p: ways(p, means) for p in products}, files, made_for)
+        self.kernels = TunedKernels(self._choices.chosen)
+
+    def rehearse(self, model: DecoderModel) -> None:
+        """In a rehearsal: has compiled what `measure` will launch."""
+        try_all(model, self.kernels, self._choices.missing)
+
+    def measure(self, model: DecoderModel, streams: Streams) -> None:
+        """Measures what is missing, on the model's weights, and keeps it. Blocks until done."""
+        self._choices.complete(lambda missing: tune(model, self.kernels, missing, streams))

@@ -1,0 +1,226 @@
+"""Which way is the fastest for each product of a decode step here? Measured on the model itself.
+
+Letters: N rows, E hidden, H query heads, K kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from captures import COMPUTE, BucketLadder, Event, Streams, capture
+from graphengine.kernels.ways import MAX_TUNED_ROWS, Product, Way
+from graphengine.layers import DecoderLayer
+from graphengine.model import DecoderModel
+from graphengine.model_config import ModelConfig
+
+if TYPE_CHECKING:  # it needs Triton
+    from graphengine.kernels.tuned import TunedKernels
+
+_log = logging.getLogger(__name__)
+# Weights of so many bytes, and of two layers at least, are read in turn: the L2 cache keeps none.
+_LEAST_BYTES = 150e6
+_ROUNDS = 5
+_REPLAYS = 2
+# Of the time of whole layers: what is gained by less may be noise, and a rule is the same for all.
+_LEAST_GAIN = 0.01
+_MAX_ERROR = 2e-2
+_CHECKED_FEATURES = 512
+
+
+def products_to_tune(
+    config: ModelConfig, ladder: BucketLadder, *, num_chained: int
+) -> list[Product]:
+    """Those of decode steps of more than num_chained rows, which run without them, and at most
+    MAX_TUNED_ROWS."""
+    e, i = config.hidden_size, config.intermediate_size
+    q_rows = config.num_heads * config.head_dim
+    qkv_rows = q_rows + 2 * config.num_kv_heads * config.head_dim
+    shapes = ((qkv_rows, e, False), (e, q_rows, False), (i, e, True), (e, i, False))
+    return [
+        Product(size, *shape)
+        for size in ladder.sizes
+        if num_chained < size <= MAX_TUNED_ROWS
+        for shape in dict.fromkeys(shapes)
+    ]
+
+
+def try_all(
+    model: DecoderModel, kernels: TunedKernels, products: Mapping[Product, Mapping[str, Way]]
+) -> None:
+    """Launches each product in each of its ways once: in a rehearsal, to have them compiled."""
+    for product, ways in products.items():
+        trial = _Trial(model, kernels, product.num_rows)
+        for way in ways.values():
+            kernels.ways[product] = way
+            trial.product(product)
+        del kernels.ways[product]
+
+
+def tune(
+    model: DecoderModel,
+    kernels: TunedKernels,
+    products: Mapping[Product, Mapping[str, Way]],
+    streams: Streams,
+) -> dict[Product, str]:
+    """The name of each product's fastest way, of those that are given by their names, "rule" among
+    them. Blocks until known; leaves kernels.ways as it is.
+
+    Whole layers are timed without their attention, one product's way changed at a time, since what
+    a way costs shows in the kernels beside it too: in partial sums that they add up, or in starting
+    before it has ended."""
+    found: dict[Product, str] = {}
+    is_cuda = streams.device.type == "cuda"
+    trial: _Trial | None = None
+    for product, ways in products.items():
+        if trial is None or trial.num_rows != product.num_rows:
+            trial = _Trial(model, kernels, product.num_rows)
+            if is_cuda:
+                torch.cuda.synchronize(streams.device)  # its buffers were filled on another stream
+        found[product] = _fastest(trial, product, ways, streams)
+    return found
+
+
+class _Trial:
+    """Steps of num_rows rows through a few layers, on buffers of its own."""
+
+    def __init__(self, model: DecoderModel, kernels: TunedKernels, num_rows: int) -> None:
+        self.kernels = kernels
+        self.num_rows = num_rows
+        config, weight = model.config, model.embed_tokens
+        layers: list[DecoderLayer] = list(model.layers)  # type: ignore[arg-type]
+        layer_bytes = sum(parameter.nbytes for parameter in layers[0].parameters())
+        self.layers = layers[: max(2, math.ceil(_LEAST_BYTES / layer_bytes))]
+        self._cos_sin = model.cos_sin
+        generator = torch.Generator(weight.device).manual_seed(0)
+
+        def noise(*shape: int) -> Tensor:
+            values = torch.randn(shape, device=weight.device, generator=generator)
+            return values.to(weight.dtype)
+
+        self._noise = noise
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=weight.device)
+
+        self._start = noise(num_rows, config.hidden_size)
+        self._residual = torch.empty_like(self._start)
+        self._attended = noise(num_rows, config.num_heads * config.head_dim)
+        self._positions, self._slots = zeros(num_rows), zeros(num_rows)
+        # One slot, which all rows write.
+        cache_shape = (1, 1, config.num_kv_heads, config.head_dim)
+        self._caches = [zeros(*cache_shape, dtype=weight.dtype) for _ in "kv"]
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """The layers, without attention: its output is always the same."""
+        self._residual.copy_(self._start)
+        added: Tensor | None = None
+        for layer in self.layers:
+            layer.begin(
+                added,
+                self._residual,
+                self._positions,
+                self._cos_sin,
+                self._caches[0],
+                self._caches[1],
+                self._slots,
+                decode=True,
+            )
+            added = layer.end(self._attended, self._residual, decode=True)
+
+    @torch.inference_mode()
+    def product(self, product: Product) -> tuple[Tensor, Tensor]:
+        """By the way that kernels.ways has, and plainly in float32, of some features alone."""
+        weight, bias = self._weight(product)
+        x = self._noise(product.num_rows, product.depth)
+        step = math.ceil(product.num_features / _CHECKED_FEATURES)
+        if product.silu:
+            out = self.kernels.linear_silu_mul(x, weight, bias, decode=True)
+            parts = weight.chunk(2), (None, None) if bias is None else bias.chunk(2)
+            gate, up = (
+                torch.nn.functional.linear(
+                    x.float(), w[::step].float(), None if b is None else b[::step].float()
+                )
+                for w, b in zip(*parts, strict=True)
+            )
+            expected = torch.nn.functional.silu(gate) * up
+        else:
+            out = self.kernels.linear(x, weight, bias, decode=True)
+            out = out.sum(dim=0) if out.dim() == 3 else out
+            expected = torch.nn.functional.linear(
+                x.float(), weight[::step].float(), None if bias is None else bias[::step].float()
+            )
+        return out[:, ::step].float(), expected
+
+    def _weight(self, product: Product) -> tuple[Tensor, Tensor | None]:
+        layer = self.layers[0]
+        pairs = [(layer.gate_up_proj, layer.gate_up_bias)]
+        if not product.silu:
+            pairs = [
+                (layer.qkv_proj, layer.qkv_bias),
+                (layer.o_proj, layer.o_bias),
+                (layer.down_proj, layer.down_bias),
+            ]
+        shape = (product.num_features * (2 if product.silu else 1), product.depth)
+        return next(pair for pair in pairs if pair[0].shape == shape)
+
+
+def _fastest(trial: _Trial, product: Product, ways: Mapping[str, Way], streams: Streams) -> str:
+    graphs = {}
+    # Of its own: a pool is gone with the last graph in it.
+    pool = torch.cuda.graph_pool_handle() if streams.device.type == "cuda" else None
+    try:
+        for name, way in ways.items():
+            trial.kernels.ways[product] = way
+            if name != "rule" and not _is_right(trial, product, name):
+                continue
+            graphs[name] = capture(trial.step, streams, pool)
+        times_ms = _times({name: graph.replay for name, graph in graphs.items()}, streams)
+    finally:
+        trial.kernels.ways.pop(product, None)
+        streams.synchronize()
+        for graph in graphs.values():
+            graph.reset()
+    return choose(times_ms)
+
+
+def choose(times_ms: dict[str, float]) -> str:
+    """The fastest, if it is worth more than noise beside "rule"."""
+    best = min(times_ms, key=lambda name: times_ms[name])
+    return best if times_ms[best] < (1 - _LEAST_GAIN) * times_ms["rule"] else "rule"
+
+
+def _is_right(trial: _Trial, product: Product, name: str) -> bool:
+    actual, expected = trial.product(product)
+    error = float((actual - expected).norm() / expected.norm())
+    if error <= _MAX_ERROR:  # not where it is NaN
+        return True
+    _log.warning("%s of %s is wrong by %.1e here, so it is left out", name, product, error)
+    return False
+
+
+def _times(runs: dict[str, Callable[[], None]], streams: Streams) -> dict[str, float]:
+    """Milliseconds, medians of rounds in which each has its turn."""
+    events: dict[str, list[tuple[Event, Event]]] = {name: [] for name in runs}
+    with streams.on(COMPUTE):
+        for _ in range(_ROUNDS + 1):
+            for name, run in runs.items():
+                start, end = (streams.event(name, timed=True) for _ in range(2))
+                streams.record(start, COMPUTE)
+                for _ in range(_REPLAYS):
+                    run()
+                streams.record(end, COMPUTE)
+                events[name].append((start, end))
+    streams.synchronize()
+    return {
+        # The first round warms up.
+        name: statistics.median(start.elapsed_ms(end) for start, end in pairs[1:])
+        for name, pairs in events.items()
+    }
