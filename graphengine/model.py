@@ -99,6 +99,7 @@ class DecoderModel(nn.Module):
         super().__init__()
         self.config = config
         self.attention = attention
+        self.block_size = block_size
         self._kernels = kernels
         shape = (config.vocab_size, config.hidden_size)
         self.embed_tokens = empty_parameter(shape, dtype=dtype, device=device)
@@ -155,9 +156,8 @@ class DecoderModel(nn.Module):
         Writes the tokens' keys and values to `kv` at metadata.slot_mapping. Positions must be below
         max_model_len. With DecodeMetadata it does not sync on CUDA."""
         if isinstance(metadata, DecodeMetadata):
-            planned, chain, num_rows = self._planned, self._chain, len(input_ids)
-            if planned is not None and num_rows <= planned.max_rows:
-                planned.plan(metadata.block_tables, metadata.context_lens)
+            self.plan(metadata)
+            chain, num_rows = self._chain, len(input_ids)
             if chain is not None and num_rows <= chain.max_rows:
                 return self._chained(chain, input_ids, positions, kv, metadata)
         residual = F.embedding(input_ids, self.embed_tokens)
@@ -182,6 +182,12 @@ class DecoderModel(nn.Module):
             return self.finish_prefill(heads, residual, kv, metadata)
         added = layer(added, residual, positions, self.cos_sin, k_cache, v_cache, metadata)
         return self._kernels.add_rms_norm(added, residual, self.norm, self.config.rms_norm_eps)
+
+    def plan(self, metadata: DecodeMetadata) -> None:
+        """What the attention of a decode step's layers shares: before the first of them."""
+        planned = self._planned
+        if planned is not None and len(metadata.context_lens) <= planned.max_rows:
+            planned.plan(metadata.block_tables, metadata.context_lens)
 
     def finish_prefill(
         self,

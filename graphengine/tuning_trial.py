@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from captures import COMPUTE, BucketLadder, Event, Streams, capture
+from graphengine.attention.base import DecodeMetadata
 from graphengine.kernels.ways import MAX_TUNED_ROWS, Product, Way
 from graphengine.layers import DecoderLayer
 from graphengine.model import DecoderModel
@@ -26,6 +27,9 @@ if TYPE_CHECKING:  # it needs Triton
 _log = logging.getLogger(__name__)
 # Weights of so many bytes, and of two layers at least, are read in turn: the L2 cache keeps none.
 _LEAST_BYTES = 150e6
+# Tokens a row of the cache that attention reads, and bytes of it at most.
+_CONTEXT = 256
+_MOST_CACHE_BYTES = 2**29
 _ROUNDS = 5
 _REPLAYS = 2
 # Of the time of whole layers: what is gained by less may be noise, and a rule is the same for all.
@@ -56,10 +60,9 @@ def try_all(
 ) -> None:
     """Launches each product in each of its ways once: in a rehearsal, to have them compiled."""
     for product, ways in products.items():
-        trial = _Trial(model, kernels, product.num_rows)
         for way in ways.values():
             kernels.ways[product] = way
-            trial.product(product)
+            run_product(model, kernels, product)
         del kernels.ways[product]
 
 
@@ -70,11 +73,10 @@ def tune(
     streams: Streams,
 ) -> dict[Product, str]:
     """The name of each product's fastest way, of those that are given by their names, "rule" among
-    them. Blocks until known; leaves kernels.ways as it is.
+    them. Blocks until known; leaves kernels.ways as it is. Within model.exclusive().
 
-    Whole layers are timed without their attention, one product's way changed at a time, since what
-    a way costs shows in the kernels beside it too: in partial sums that they add up, or in starting
-    before it has ended."""
+    Whole layers are timed, one product's way changed at a time, since what a way costs shows in the
+    kernels beside it too: in partial sums that they add up, or in starting before it has ended."""
     found: dict[Product, str] = {}
     is_cuda = streams.device.type == "cuda"
     trial: _Trial | None = None
@@ -88,88 +90,91 @@ def tune(
 
 
 class _Trial:
-    """Steps of num_rows rows through a few layers, on buffers of its own."""
+    """Decode steps of num_rows rows through a few layers, on buffers of its own."""
 
     def __init__(self, model: DecoderModel, kernels: TunedKernels, num_rows: int) -> None:
-        self.kernels = kernels
-        self.num_rows = num_rows
+        self.model, self.kernels, self.num_rows = model, kernels, num_rows
         config, weight = model.config, model.embed_tokens
         layers: list[DecoderLayer] = list(model.layers)  # type: ignore[arg-type]
         layer_bytes = sum(parameter.nbytes for parameter in layers[0].parameters())
-        self.layers = layers[: max(2, math.ceil(_LEAST_BYTES / layer_bytes))]
-        self._cos_sin = model.cos_sin
-        generator = torch.Generator(weight.device).manual_seed(0)
-
-        def noise(*shape: int) -> Tensor:
-            values = torch.randn(shape, device=weight.device, generator=generator)
-            return values.to(weight.dtype)
-
-        self._noise = noise
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=weight.device)
-
-        self._start = noise(num_rows, config.hidden_size)
+        self._layers = layers[: max(2, math.ceil(_LEAST_BYTES / layer_bytes))]
+        # One cache for all layers, of noise.
+        block_size, (max_len, _) = model.block_size, model.cos_sin.shape
+        row_bytes = 2 * config.num_kv_heads * config.head_dim * weight.itemsize
+        context = min(_CONTEXT, max_len, int(_MOST_CACHE_BYTES / (num_rows * row_bytes)))
+        per_row = math.ceil(context / block_size)
+        device = weight.device
+        shape = (num_rows * per_row, block_size, config.num_kv_heads, config.head_dim)
+        self._k_cache, self._v_cache = (_noise(*shape, like=weight) for _ in "kv")
+        tables = torch.arange(num_rows * per_row, dtype=torch.int32, device=device)
+        tables = tables.view(num_rows, per_row)
+        last = context - 1
+        self._metadata = DecodeMetadata(
+            tables[:, -1].long() * block_size + last % block_size,
+            tables,
+            torch.full((num_rows,), context, dtype=torch.int32, device=device),
+        )
+        self._positions = torch.full((num_rows,), last, device=device)
+        self._start = _noise(num_rows, config.hidden_size, like=weight)
         self._residual = torch.empty_like(self._start)
-        self._attended = noise(num_rows, config.num_heads * config.head_dim)
-        self._positions, self._slots = zeros(num_rows), zeros(num_rows)
-        # One slot, which all rows write.
-        cache_shape = (1, 1, config.num_kv_heads, config.head_dim)
-        self._caches = [zeros(*cache_shape, dtype=weight.dtype) for _ in "kv"]
 
     @torch.inference_mode()
     def step(self) -> None:
-        """The layers, without attention: its output is always the same."""
         self._residual.copy_(self._start)
+        self.model.plan(self._metadata)
         added: Tensor | None = None
-        for layer in self.layers:
-            layer.begin(
+        for layer in self._layers:
+            added = layer(
                 added,
                 self._residual,
                 self._positions,
-                self._cos_sin,
-                self._caches[0],
-                self._caches[1],
-                self._slots,
-                decode=True,
+                self.model.cos_sin,
+                self._k_cache,
+                self._v_cache,
+                self._metadata,
             )
-            added = layer.end(self._attended, self._residual, decode=True)
 
-    @torch.inference_mode()
-    def product(self, product: Product) -> tuple[Tensor, Tensor]:
-        """By the way that kernels.ways has, and plainly in float32, of some features alone."""
-        weight, bias = self._weight(product)
-        x = self._noise(product.num_rows, product.depth)
-        step = math.ceil(product.num_features / _CHECKED_FEATURES)
-        if product.silu:
-            out = self.kernels.linear_silu_mul(x, weight, bias, decode=True)
-            parts = weight.chunk(2), (None, None) if bias is None else bias.chunk(2)
-            gate, up = (
-                torch.nn.functional.linear(
-                    x.float(), w[::step].float(), None if b is None else b[::step].float()
-                )
-                for w, b in zip(*parts, strict=True)
-            )
-            expected = torch.nn.functional.silu(gate) * up
-        else:
-            out = self.kernels.linear(x, weight, bias, decode=True)
-            out = out.sum(dim=0) if out.dim() == 3 else out
-            expected = torch.nn.functional.linear(
-                x.float(), weight[::step].float(), None if bias is None else bias[::step].float()
-            )
-        return out[:, ::step].float(), expected
 
-    def _weight(self, product: Product) -> tuple[Tensor, Tensor | None]:
-        layer = self.layers[0]
+@torch.inference_mode()
+def run_product(
+    model: DecoderModel, kernels: TunedKernels, product: Product
+) -> tuple[Tensor, Tensor]:
+    """The product of noise by the first layer's weight: by the way that kernels.ways has, and
+    plainly in float32. Of some features alone, float32 [N, ...] each."""
+    weight, bias = _weight(model, product)
+    x = _noise(product.num_rows, product.depth, like=weight)
+    step = math.ceil(product.num_features / _CHECKED_FEATURES)
+
+    def plain(weight: Tensor, bias: Tensor | None) -> Tensor:
+        some = None if bias is None else bias[::step].float()
+        return torch.nn.functional.linear(x.float(), weight[::step].float(), some)
+
+    if not product.silu:
+        out = kernels.linear(x, weight, bias, decode=True)
+        out = out.sum(dim=0) if out.dim() == 3 else out
+        return out[:, ::step].float(), plain(weight, bias)
+    out = kernels.linear_silu_mul(x, weight, bias, decode=True)
+    biases = (None, None) if bias is None else bias.chunk(2)
+    gate, up = (plain(*pair) for pair in zip(weight.chunk(2), biases, strict=True))
+    return out[:, ::step].float(), torch.nn.functional.silu(gate) * up
+
+
+def _noise(*shape: int, like: Tensor) -> Tensor:
+    generator = torch.Generator(like.device).manual_seed(0)
+    return torch.empty(shape, dtype=like.dtype, device=like.device).normal_(generator=generator)
+
+
+def _weight(model: DecoderModel, product: Product) -> tuple[Tensor, Tensor | None]:
+    layer: DecoderLayer = model.layers[0]  # type: ignore[assignment]
+    pairs = [
+        (layer.qkv_proj, layer.qkv_bias),
+        (layer.o_proj, layer.o_bias),
+        (layer.down_proj, layer.down_bias),
+    ]
+    if product.silu:
         pairs = [(layer.gate_up_proj, layer.gate_up_bias)]
-        if not product.silu:
-            pairs = [
-                (layer.qkv_proj, layer.qkv_bias),
-                (layer.o_proj, layer.o_bias),
-                (layer.down_proj, layer.down_bias),
-            ]
-        shape = (product.num_features * (2 if product.silu else 1), product.depth)
-        return next(pair for pair in pairs if pair[0].shape == shape)
+    shape = (product.num_features * (2 if product.silu else 1), product.depth)
+    return next(pair for pair in pairs if pair[0].shape == shape)
 
 
 def _fastest(trial: _Trial, product: Product, ways: Mapping[str, Way], streams: Streams) -> str:
@@ -178,10 +183,14 @@ def _fastest(trial: _Trial, product: Product, ways: Mapping[str, Way], streams: 
     pool = torch.cuda.graph_pool_handle() if streams.device.type == "cuda" else None
     try:
         for name, way in ways.items():
+
+            def step(way: Way = way) -> None:
+                trial.kernels.ways[product] = way
+                trial.step()
+
             trial.kernels.ways[product] = way
-            if name != "rule" and not _is_right(trial, product, name):
-                continue
-            graphs[name] = capture(trial.step, streams, pool)
+            if name == "rule" or _is_right(trial, product, name):
+                graphs[name] = capture(step, streams, pool)
         times_ms = _times({name: graph.replay for name, graph in graphs.items()}, streams)
     finally:
         trial.kernels.ways.pop(product, None)
@@ -198,7 +207,7 @@ def choose(times_ms: dict[str, float]) -> str:
 
 
 def _is_right(trial: _Trial, product: Product, name: str) -> bool:
-    actual, expected = trial.product(product)
+    actual, expected = run_product(trial.model, trial.kernels, product)
     error = float((actual - expected).norm() / expected.norm())
     if error <= _MAX_ERROR:  # not where it is NaN
         return True
