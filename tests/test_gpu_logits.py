@@ -1,8 +1,10 @@
 """How far are a whole bfloat16 model's logits from float32's, on a GPU and in real shapes?
 
-Against transformers in float32 with the same weights, by the norm of a row's logits: 2e-2 at most,
-or as much as transformers' own model in bfloat16 is off, where that is more. Decode steps of every
-kind of kernel there is, and prefills as they are and in graphs.
+Against transformers in float32 with the same weights, by the norm of a row's logits: 2e-2 at most.
+Not so many layers of an 8B's width: rounding nothing but what tensor cores multiply leaves 1.6e-2
+after 6 of them and 3.6e-2 after 32, with random weights (perf/LOG.md). There it is at most as much
+as transformers' own model in bfloat16 is off. Decode steps of every kind of kernel there is, and
+prefills as they are and in graphs.
 """
 
 from __future__ import annotations
@@ -46,8 +48,11 @@ def sizes_of(shape: str) -> dict[str, object]:
 
 MODELS = {
     "qwen3-0.6b": ("qwen3", sizes_of("qwen3-0.6b")),
+    "llama-8b, 2 layers": ("llama_gqa_llama3", sizes_of("llama-8b") | {"num_hidden_layers": 2}),
     "llama-8b, 6 layers": ("llama_gqa_llama3", sizes_of("llama-8b") | {"num_hidden_layers": 6}),
 }
+# Where bfloat16 cannot do better than 2e-2.
+TOO_DEEP = "llama-8b, 6 layers"
 
 
 def write_plain_checkpoint(path: Path, variant: str, **sizes: object) -> Path:
@@ -91,9 +96,12 @@ def test_bf16_logits_are_near_float32(shape: str, tmp_path: Path) -> None:
     tokens = torch.randint(8192, (ROWS, PROMPT + 1), device=CUDA)
     theirs = reference_model(path).to(CUDA)
     expected = theirs(tokens, logits_to_keep=2).logits
-    rounded = theirs.to(torch.bfloat16)(tokens, logits_to_keep=2).logits
-    bound = max(BOUND, *(error(rounded[:, i], expected[:, i]) for i in (0, 1)))
-    del theirs, rounded
+    bound = BOUND
+    if shape == TOO_DEEP:
+        rounded = theirs.to(torch.bfloat16)(tokens, logits_to_keep=2).logits
+        bound = max(error(rounded[:, i], expected[:, i]) for i in (0, 1))
+        del rounded
+    del theirs
     config = load_model_config(path)
     model = DecoderModel(
         config,

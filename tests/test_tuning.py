@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from torch import Tensor
 
 import graphengine.jobs.job
 import graphengine.tuning_file
+import graphengine.tuning_trial
 from captures import BucketLadder, CpuStreams
 from graphengine import LLM, SamplingParams
 from graphengine.config import EngineConfig
@@ -329,3 +331,109 @@ def test_job_keeps_what_its_workers_measure(
         run_job(config, environment={}, console=Console(), say=print)
     (engine,) = engines
     assert engine.tuning == (told or str(Place.of(config).state / "products"))
+
+
+# --- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [40, 64, 80, 128, 200, 256])
+@torch.inference_mode()
+def test_every_way_computes_its_product(num_rows: int) -> None:
+    from graphengine.kernels.fused_linear import linear_by, linear_silu_mul_by, means_on
+
+    cuda = torch.device("cuda", 0)
+    means = means_on(cuda, torch.bfloat16, has_bias=False)
+    names: set[str] = set()
+    for product in products_of_shapes((num_rows,)):
+        generator = torch.Generator(cuda).manual_seed(num_rows)
+        num_features = product.num_features * (2 if product.silu else 1)
+        x, weight = (
+            torch.randn(shape, device=cuda, generator=generator).bfloat16()
+            for shape in ((num_rows, product.depth), (num_features, product.depth))
+        )
+        expected = torch.nn.functional.linear(x.float(), weight.float())
+        if product.silu:
+            gate, up = expected.chunk(2, dim=1)
+            expected = torch.nn.functional.silu(gate) * up
+        for name, way in ways(product, means).items():
+            names.add(name)
+            run = linear_silu_mul_by if product.silu else linear_by
+            out = run(way, x, weight, None)
+            out = (out.sum(dim=0) if out.dim() == 3 else out).float()
+            # By row and by feature: a tile that is wrong cannot hide in the whole.
+            for dim in (0, 1):
+                errors = (out - expected).norm(dim=dim) / expected.norm(dim=dim)
+                assert float(errors.max()) < 2e-2, (product, name)
+    assert {"rule", "cublas"} < names
+
+
+def gpu_llm(folder: Path, tuning: str, **options: Any) -> LLM:
+    """Two layers of a 1B's shape."""
+    shape = SHAPES["llama-8b"] | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "head_dim": 64,
+        "num_hidden_layers": 2,
+        "vocab_size": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model" / "config.json").write_text(json.dumps(shape))
+    return LLM(
+        str(folder / "model"),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_num_seqs=128,
+        max_model_len=512,
+        kv_cache_memory_bytes=2**30,
+        tuning=tuning,
+        **options,
+    )
+
+
+@pytest.mark.gpu
+def test_first_start_measures_and_the_second_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graphengine.tuning.CACHE", tmp_path / "cache")
+    prompts = [{"prompt_token_ids": [3 + i, 5, 7]} for i in range(100)]
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    own = tmp_path / "own"
+    measured: list[int] = []
+    tune_ = graphengine.tuning_trial.tune
+
+    def watched(model: Any, kernels: Any, products: Any, streams: Any) -> Any:
+        measured.append(len(products))
+        return tune_(model, kernels, products, streams)
+
+    monkeypatch.setattr("graphengine.tuning.tune", watched)
+    outputs = []
+    for folder, options in (
+        (str(own), {}),
+        (str(own), {"enforce_eager": True}),
+        ("auto", {}),
+        (str(tmp_path / "other"), {}),
+    ):
+        with gpu_llm(tmp_path, folder, **options) as llm:
+            assert llm.startup_s["tuning"] > 0.0
+            results = llm.generate(prompts, params)
+            outputs.append([result.outputs[0].token_ids for result in results])
+            kernels = llm._runner._kernels
+            assert {product.num_rows for product in kernels.ways} == {
+                40,
+                48,
+                56,
+                64,
+                80,
+                96,
+                112,
+                128,
+            }
+    assert measured == [32], "once, and for each bucket beyond the chain"
+    assert outputs == [outputs[0]] * 4
+    (cache,), (kept,) = ((tmp_path / "cache").glob("*.json"), own.glob("*.json"))
+    assert read(cache) == read(kept)
+    with gpu_llm(tmp_path, "off") as llm:
+        assert "tuning" not in llm.startup_s

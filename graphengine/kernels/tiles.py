@@ -4,8 +4,8 @@ A product of more than MAX_ROWS rows has one program for each multiprocessor, in
 side by side, as a kernel that starts early finds room for, some would take twice as long. So the
 shared memory of each cut (num_stages loads of both operands) is more than half of what there is.
 
-Not from a measurement at start-up: the cut decides how sums round, and a job that goes on after a
-crash must get the tokens it would have got. The figures behind the rules are in perf/LOG.md.
+The figures behind the rules are in perf/LOG.md. Where a measurement at the first start finds better
+(see `tuning`), a decode step's product leaves its rule: `ways` has what it may run in instead.
 
 Letters: N tokens, F output features, C input features, S splits of C, I intermediate.
 """
