@@ -14,6 +14,7 @@ class _Entry:
     label: str
     start: Event
     end: Event
+    has_ended: bool = False  # whether the host has recorded the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class StepClock:
     `begin` and `end` enqueue; `collect` reads what has passed. Times are chained from event to
     event, so they stay exact to an event's resolution over a run of any length. They are tied to
     the host's clock once, by `reset`; whatever the two clocks drift apart after that stays in.
-    Events are recycled once read, so their number follows the launches in flight."""
+    Events are recycled once read, so their number follows the launches that are not."""
 
     def __init__(self, streams: Streams, *, times_copies: bool = False) -> None:
         self.times_copies = times_copies
@@ -73,7 +74,7 @@ class StepClock:
     def begin(self, label: str, stream: str = COMPUTE) -> None:
         if self._spare:
             entry = self._spare.pop()
-            entry.label = label
+            entry.label, entry.has_ended = label, False
         else:
             start, end = (self._streams.event(name, timed=True) for name in ("start", "end"))
             entry = _Entry(label, start, end)
@@ -83,20 +84,21 @@ class StepClock:
     def end(self, stream: str = COMPUTE) -> Event:
         """The event it records, which the clock records again once it has read this and the next
         entry of the stream."""
-        event = self._pending[stream][-1].end
-        self._streams.record(event, stream)
-        return event
+        entry = self._pending[stream][-1]
+        self._streams.record(entry.end, stream)
+        entry.has_ended = True
+        return entry.end
 
     def collect(self, *, least: int = 1) -> list[DeviceSpan]:
         """Everything that has ended since the last call, stream by stream in order; the compute
-        stream's is added to `reading`. Never blocks. Call it between launches: an entry that has
-        begun and not ended must not be pending. least: nothing, as long as fewer launches are
-        pending: to read many at once costs the host less than one by one."""
+        stream's is added to `reading`. Never blocks. An entry that has begun and not ended is left,
+        and so is what follows it. least: nothing, as long as fewer launches are pending: to read
+        many at once costs the host less than one by one."""
         if len(self._pending[COMPUTE]) < least:
             return []
         spans = []
         for stream, pending in self._pending.items():
-            while pending and pending[0].end.query():
+            while pending and pending[0].has_ended and pending[0].end.query():
                 spans.append(self._read(pending.popleft(), stream))
         return spans
 

@@ -77,10 +77,10 @@ def _build_runner(resolved: Resolved, laps: Laps) -> tuple[StepClock, ModelRunne
     with _kernels_compiling(resolved, kernels, tuning, streams, laps):
         model = _load_model(resolved, kernels)
         laps.end("weights")
+    if tuning is not None:
+        tuning.measure(model, streams)
+        laps.end("tuning")
     with model.exclusive():
-        if tuning is not None:
-            tuning.measure(model, streams)
-            laps.end("tuning")
         return _make_ready(resolved, laps, model, kernels, streams, num_blocks)
 
 

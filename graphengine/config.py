@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from graphengine.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION = ("auto", "flash", "flash4", "reference")
+TUNING = ("auto", "off")
 LOAD_FORMATS = ("auto", "dummy")
 
 # Stop ids (EOS included) a request may have: the width of a per-sequence table.
@@ -74,9 +76,7 @@ class EngineConfig:
             is_given = value is not None or name == "model"
             if is_given and (not isinstance(value, str) or not value):
                 raise ConfigError(f"{name} is {value!r}; give a directory or a hub id, as a string")
-        folder: object = self.tuning
-        if not isinstance(folder, str) or not folder:
-            raise ConfigError(f"tuning is {folder!r}; give auto, off or a folder, as a string")
+        _check_tuning(self.tuning)
         for name in ("skip_tokenizer_init", "enforce_eager", "async_scheduling"):
             value = getattr(self, name)
             if not isinstance(value, bool):
@@ -112,6 +112,17 @@ class EngineConfig:
             raise ConfigError(f"gpu_memory_utilization is {share!r}; give a share in (0, 1]")
         if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed!r}; give a whole number in [0, 2**63)")
+
+
+def _check_tuning(value: object) -> None:
+    if isinstance(value, str) and value in TUNING:
+        return
+    # A slip is no folder's name.
+    if not isinstance(value, str) or value.lower() in ("", "on", "none", *TUNING):
+        raise ConfigError(f"tuning is {value!r}; give auto, off or a folder, as a string")
+    path = Path(value).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"tuning is {value!r}, which is a file; give auto, off or a folder")
 
 
 def _is_int(value: object) -> bool:

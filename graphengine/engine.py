@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from graphengine.model_runner import Launched
     from graphengine.resolve import Resolved
 
-# Launches that are accounted for together. What an account shows is as many behind.
+# Launches that are accounted for together while there are more to come.
 _SPANS_AT_ONCE = 16
 # How long an idle engine waits for more requests before it starts with those it has.
 _GATHER_S = 0.01
@@ -200,6 +200,8 @@ class LLM:
                 feeder.close()
             self._counters.ended_s = time.perf_counter()
             if not self._is_closed:
+                self._runner.synchronize()
+                self._take_spans(least=1)
                 self._runner.reset()
 
     def stats(self) -> EngineStats:
@@ -298,7 +300,7 @@ class LLM:
                 laps.end("launch" if isinstance(batch, DecodeBatch) else "prefill")
             outputs += [self._output(sequence, text) for sequence, text in ended]
             ended = []
-            self._take_spans(least=_SPANS_AT_ONCE)
+            self._take_spans(least=1 if batch is None else _SPANS_AT_ONCE)
             laps.end("output")
             yield from outputs
             if self._is_closed:
@@ -309,7 +311,6 @@ class LLM:
                 assert not scheduler.has_work, "nothing runs and nothing can start"
                 assert self._blocks.num_free == self._blocks.num_blocks, "blocks leaked"
                 if feeder.exhausted:
-                    self._take_spans(least=1)
                     return
 
     def _take_requests(

@@ -20,7 +20,8 @@ _NUM_LONGEST = 5
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot of the stream that runs, or of the last one.
+    """A snapshot of the stream that runs, or of the last one. What the device did is up to 16
+    launches behind while it runs.
 
     num_waiting: requests read and not admitted yet. kv_usage: share of KV blocks held.
     gpu_busy: share of the time from the first launch on in which a launch ran on the device, None

@@ -172,6 +172,10 @@ class ModelRunner:
         """Within it steps may be launched, and must have ended: see DecoderModel.exclusive."""
         return self._model.exclusive()
 
+    def synchronize(self) -> None:
+        """Blocks until the device is done with all that was launched."""
+        self._streams.synchronize()
+
     def reset(self) -> None:
         """Forgets every launch not waited for. Blocks until the device is done with them."""
         self._streams.synchronize()

@@ -63,7 +63,8 @@ Tuning = Annotated[
     str,
     typer.Option(
         metavar="auto|off|FOLDER",
-        help="auto: at the first start measure how matrix products run fastest on a GPU; kept.",
+        help="auto: at a first start measure how a GPU's matrix products run fastest, and keep it; "
+        "off: by rules of shape; a folder: what is kept there goes first.",
     ),
 ]
 Trace = Annotated[

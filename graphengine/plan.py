@@ -20,9 +20,10 @@ from graphengine.resolve import Resolved, as_on_cuda, resolve
 
 # What a CUDA context and the libraries' workspaces are taken to need.
 _CONTEXT_BYTES = 700 * 2**20
-# Of one captured bucket and layer: 19 buckets of 32 layers took 270 MiB on an H200, the pool's 74
-# MiB among them (perf/LOG.md), rounded up.
+# Of one graph and layer: 19 of 32 layers took 270 MiB on an H200, the pool's 74 MiB among them
+# (perf/LOG.md), rounded up. A bucket of decode steps has one for each bank.
 _GRAPH_BYTES_PER_LAYER = 352 * 2**10
+_NUM_BANKS = 2
 _SEQUENCE_LENGTHS = (256, 1024, 4096, 16384, 65536)
 
 
@@ -129,17 +130,17 @@ def _working_bytes(resolved: Resolved) -> int:
 
 
 def _graph_bytes(resolved: Resolved) -> int:
-    """The shared pool, which holds the largest bucket's logits, and each bucket's nodes; the same
+    """The shared pool, which holds the largest bucket's logits, and each graph's nodes; the same
     of prefills, whose pool holds a layer's activations beside what lies between its pieces."""
     model, ladder, itemsize = resolved.model_config, resolved.ladder, resolved.dtype.itemsize
-    num_buckets = len(ladder.sizes)
+    num_graphs = _NUM_BANKS * len(ladder.sizes)
     pool = itemsize * ladder.max_rows * (model.vocab_size + 4 * model.hidden_size)
     config = resolved.config
     max_tokens = min(config.max_num_batched_tokens, config.max_num_seqs * resolved.max_model_len)
     prefills = prefill_ladder(model, max_tokens)
     if prefills is not None:
-        num_buckets += len(prefills.sizes)
+        num_graphs += len(prefills.sizes)
         heads = 2 * model.num_heads + 2 * model.num_kv_heads
         width = 2 * model.hidden_size + heads * model.head_dim + 3 * model.intermediate_size
         pool += itemsize * prefills.max_rows * width
-    return pool + num_buckets * model.num_layers * _GRAPH_BYTES_PER_LAYER
+    return pool + num_graphs * model.num_layers * _GRAPH_BYTES_PER_LAYER

@@ -31,7 +31,8 @@ _PREFILL_TOKENS = (
 
 
 def _sampling_fields() -> tuple[Field, ...]:
-    # A padded row is a greedy row: it costs the least.
+    # A padded row is a greedy row: it costs the least. Stop ids are read, and written, only where
+    # some row suppresses them.
     return (
         Field("temperature", torch.float32),
         Field("top_k", torch.int32),
@@ -57,8 +58,8 @@ def decode_fields(table: SequenceTable) -> tuple[Field, ...]:
 
 
 def fill_decode(views: HostArrays, batch: DecodeBatch, table: SequenceTable) -> None:
-    """Writes rows 0..n of `views` for the n sequences of `batch`, whose counts the scheduler has
-    advanced already. Gathers only: no Python per row."""
+    """Writes rows 0..n of `views`, in all that is read, for the n sequences of `batch`. Gathers
+    only: no Python per row."""
     rows, context_lens = batch.rows, batch.context_lens
     n = len(rows)
     positions = context_lens - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from captures import Streams
 from graphengine.kernels.decode_chain import DecodeChain
 from graphengine.kernels.fused_linear import means_on
 from graphengine.kernels.tuned import TunedKernels
-from graphengine.kernels.ways import ways
+from graphengine.kernels.ways import Product, Way, ways
 from graphengine.model import DecoderModel
 from graphengine.resolve import Resolved
 from graphengine.tuning_file import CACHE, Choices, file_in
@@ -24,9 +25,9 @@ class Tuning:
     """The kernels of an engine on a GPU, and which of its products are still to be measured.
 
     What is measured is kept in the user's cache for a card, its software and a model's shape: all
-    that runs there later runs alike. A folder of the user's own (see EngineConfig.tuning) goes
-    before the cache, whatever card of the same kind and versions it was filled with, and gets what
-    it lacks: what goes on with it rounds as what began with it did."""
+    that runs there later runs alike. A folder of the user's own (see EngineConfig.tuning) is asked
+    before the cache, and by a model's shape and the kind of GPU alone, so that what goes on with it
+    rounds as what began with it did; it gets what it lacks."""
 
     def __init__(self, resolved: Resolved) -> None:
         config, device = resolved.model_config, resolved.device
@@ -47,16 +48,18 @@ class Tuning:
             "triton": triton.__version__,
             "graphengine": __version__,
         }
-        files: list[Path] = []
+        own = cache = None
         if resolved.config.tuning != "auto":
-            files.append(file_in(Path(resolved.config.tuning), model))
+            own = file_in(Path(resolved.config.tuning).expanduser(), model)
         with contextlib.suppress(RuntimeError):  # no home
-            files.append(file_in(CACHE.expanduser(), made_for))
+            cache = file_in(CACHE.expanduser(), made_for)
         means = means_on(device, resolved.dtype, has_bias=config.mlp_bias)
         is_chained = DecodeChain.takes(config, dtype=resolved.dtype, device=device)
         num_chained = DecodeChain.max_rows if is_chained else 0
         products = products_to_tune(config, resolved.ladder, num_chained=num_chained)
-        self._choices = Choices({p: ways(p, means) for p in products}, files, made_for)
+        self._choices = Choices(
+            {p: ways(p, means) for p in products}, made_for, own=own, cache=cache
+        )
         self.kernels = TunedKernels(self._choices.chosen)
 
     def rehearse(self, model: DecoderModel) -> None:
@@ -64,5 +67,11 @@ class Tuning:
         try_all(model, self.kernels, self._choices.missing)
 
     def measure(self, model: DecoderModel, streams: Streams) -> None:
-        """Measures what is missing, on the model's weights, and keeps it. Blocks until done."""
-        self._choices.complete(lambda missing: tune(model, self.kernels, missing, streams))
+        """Measures what is missing, on the model's weights, and keeps it. Blocks until done; may
+        wait for another process first. Not within model.exclusive()."""
+
+        def find(missing: Mapping[Product, Mapping[str, Way]]) -> dict[Product, str]:
+            with model.exclusive():
+                return tune(model, self.kernels, missing, streams)
+
+        self._choices.complete(find)

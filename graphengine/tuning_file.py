@@ -7,8 +7,7 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import filelock
@@ -18,6 +17,7 @@ from graphengine.kernels.ways import Product, Way
 _log = logging.getLogger(__name__)
 CACHE = Path("~/.cache/graphengine/products")
 _LOCK_TIMEOUT_S = 60.0
+_MOST_BYTES = 2**20
 
 
 def file_in(folder: Path, made_for: Mapping[str, object]) -> Path:
@@ -29,24 +29,25 @@ def file_in(folder: Path, made_for: Mapping[str, object]) -> Path:
 def read(path: Path) -> dict[str, str]:
     """Names of ways by product. Empty where there is no such file, or it is damaged."""
     try:
+        if path.stat().st_size > _MOST_BYTES:
+            return {}
         ways = json.loads(path.read_bytes())["ways"]
         return {str(product): str(name) for product, name in ways.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
 
 
 def write(path: Path, made_for: Mapping[str, object], ways: Mapping[str, str]) -> None:
     """Replaces the file at once, or leaves it. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    text = json.dumps({"made_for": made_for, "ways": ways}, indent=1, sort_keys=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump({"made_for": made_for, "ways": ways}, file, indent=1, sort_keys=True)
-        os.replace(part, path)
-    except BaseException:
+        part.write_text(text + "\n", "utf-8")
+        part.replace(path)
+    finally:
         with contextlib.suppress(OSError):
-            os.unlink(part)
-        raise
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -55,26 +56,31 @@ def locked(path: Path) -> Iterator[None]:
     lock can be had, each is on its own."""
     lock = filelock.FileLock(f"{path}.lock", timeout=_LOCK_TIMEOUT_S)
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError, filelock.Timeout):
+        with contextlib.suppress(OSError):  # a Timeout is one
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock)
         yield
 
 
+Find = Callable[[Mapping[Product, Mapping[str, Way]]], Mapping[Product, str]]
+
+
 class Choices:
-    """One way for each product, of those it has by their names. The first file that has a product
-    decides it; what a file lacks it gets."""
+    """One way for each product, of those it has by their names, the rule's first. The first file
+    that has a product decides it."""
 
     def __init__(
         self,
         ways: Mapping[Product, Mapping[str, Way]],
-        files: Sequence[Path],
         made_for: Mapping[str, object],
+        *,
+        own: Path | None,
+        cache: Path | None,
     ) -> None:
-        """made_for: is written beside what is found here. The last file is the one to lock."""
+        """own: gets all that is chosen. cache: gets what is found here, as found for made_for."""
         self._ways = ways
-        self._files = files
         self._made_for = made_for
+        self._own, self._cache = own, cache
         self._names: dict[Product, str] = {}
         self.chosen: dict[Product, Way] = {}
         self._read()
@@ -84,19 +90,27 @@ class Choices:
         """The ways of products that no file has."""
         return {p: ways for p, ways in self._ways.items() if p not in self._names}
 
-    def complete(
-        self, find: Callable[[Mapping[Product, Mapping[str, Way]]], Mapping[Product, str]]
-    ) -> None:
+    def complete(self, find: Find) -> None:
         """Has what is missing found, and keeps all. Waits for another process that does the same,
-        and takes what that has found."""
+        and takes what that has found. What `find` leaves out has no way here."""
         if self.missing:
-            with locked(self._files[-1]) if self._files else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                for path in self._files:
+                    stack.enter_context(locked(path))
                 self._read()
                 if self.missing:
-                    self._take(find(self.missing))
-                self._keep()
+                    found = find(self.missing)
+                    self._keep(self._cache, found)
+                    # Of two that did not see each other's lock, one has been the first.
+                    self._read()
+                    self._take({p: name for p, name in found.items() if p in self.missing})
+                self._keep(self._own, self._names)
         else:
-            self._keep()
+            self._keep(self._own, self._names)
+
+    @property
+    def _files(self) -> list[Path]:
+        return [path for path in (self._own, self._cache) if path is not None]
 
     def _take(self, names: Mapping[Product, str]) -> None:
         for product, name in names.items():
@@ -110,17 +124,19 @@ class Choices:
             found = {p: known.get(str(p), "") for p in self.missing}
             self._take({p: name for p, name in found.items() if name in self._ways[p]})
 
-    def _keep(self) -> None:
-        for path in self._files:
-            known = read(path)
-            lacking = {
-                str(product): name
-                for product, name in self._names.items()
-                if known.get(str(product), "") not in self._ways[product]
-            }
-            if not lacking:
-                continue
-            try:
-                write(path, self._made_for, {**known, **lacking})
-            except OSError as error:
-                _log.warning("%s cannot be written (%s); it is measured again", path, error)
+    def _keep(self, path: Path | None, names: Mapping[Product, str]) -> None:
+        """Writes names of products that the file lacks."""
+        if path is None:
+            return
+        known = read(path)
+        lacking = {
+            str(product): name
+            for product, name in names.items()
+            if known.get(str(product), "") not in self._ways[product]
+        }
+        if not lacking:
+            return
+        try:
+            write(path, self._made_for, {**known, **lacking})
+        except OSError as error:
+            _log.warning("%s cannot be written (%s): what it lacks is not kept", path, error)

@@ -5,17 +5,20 @@ Letters: N rows, E hidden, H query heads, K kv heads, D head dim.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from captures import COMPUTE, BucketLadder, Event, Streams, capture
+from captures import COMPUTE, BucketLadder, Event, Replayable, Streams, capture
 from graphengine.attention.base import DecodeMetadata
+from graphengine.kernels.ahead import expendable
 from graphengine.kernels.ways import MAX_TUNED_ROWS, Product, Way
 from graphengine.layers import DecoderLayer
 from graphengine.model import DecoderModel
@@ -41,7 +44,7 @@ _CHECKED_FEATURES = 512
 def products_to_tune(
     config: ModelConfig, ladder: BucketLadder, *, num_chained: int
 ) -> list[Product]:
-    """Those of decode steps of more than num_chained rows, which run without them, and at most
+    """Those of decode steps of more than num_chained rows, which run without the chain, and at most
     MAX_TUNED_ROWS."""
     e, i = config.hidden_size, config.intermediate_size
     q_rows = config.num_heads * config.head_dim
@@ -58,12 +61,12 @@ def products_to_tune(
 def try_all(
     model: DecoderModel, kernels: TunedKernels, products: Mapping[Product, Mapping[str, Way]]
 ) -> None:
-    """Launches each product in each of its ways once: in a rehearsal, to have them compiled."""
+    """Launches each product in each of its ways once: in a rehearsal, to have them compiled. One
+    that fails is left to `tune`."""
     for product, ways in products.items():
-        for way in ways.values():
-            kernels.ways[product] = way
-            run_product(model, kernels, product)
-        del kernels.ways[product]
+        for name, way in ways.items():
+            with _way(kernels, product, way), _forgiven(product, name), expendable():
+                run_product(model, kernels, product)
 
 
 def tune(
@@ -72,21 +75,48 @@ def tune(
     products: Mapping[Product, Mapping[str, Way]],
     streams: Streams,
 ) -> dict[Product, str]:
-    """The name of each product's fastest way, of those that are given by their names, "rule" among
-    them. Blocks until known; leaves kernels.ways as it is. Within model.exclusive().
+    """The name of each product's fastest way, of those that are given by their names, the rule's
+    first. Blocks until known; leaves kernels.ways as it is. Within model.exclusive(). A way that
+    fails or is wrong here is left out; where memory runs out, what is known by then is given.
 
     Whole layers are timed, one product's way changed at a time, since what a way costs shows in the
     kernels beside it too: in partial sums that they add up, or in starting before it has ended."""
     found: dict[Product, str] = {}
     is_cuda = streams.device.type == "cuda"
     trial: _Trial | None = None
-    for product, ways in products.items():
-        if trial is None or trial.num_rows != product.num_rows:
-            trial = _Trial(model, kernels, product.num_rows)
-            if is_cuda:
-                torch.cuda.synchronize(streams.device)  # its buffers were filled on another stream
-        found[product] = _fastest(trial, product, ways, streams)
+    try:
+        for product, ways in products.items():
+            if trial is None or trial.num_rows != product.num_rows:
+                trial = None  # its memory first
+                trial = _Trial(model, kernels, product.num_rows)
+                if is_cuda:
+                    # Its buffers were filled on another stream.
+                    torch.cuda.synchronize(streams.device)
+            found[product] = _fastest(trial, product, ways, streams)
+    except torch.OutOfMemoryError:
+        _log.warning("no memory is left to measure more products: the others run by their rules")
     return found
+
+
+@contextlib.contextmanager
+def _way(kernels: TunedKernels, product: Product, way: Way) -> Iterator[None]:
+    kernels.ways[product] = way
+    try:
+        yield
+    finally:
+        del kernels.ways[product]
+
+
+@contextlib.contextmanager
+def _forgiven(product: Product, name: str) -> Iterator[None]:
+    """Its failure is told, and ends nothing else. Not so where memory runs out."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        _log.warning("%s of %s fails here (%s), so it is left out", name, product, text)
 
 
 class _Trial:
@@ -98,15 +128,16 @@ class _Trial:
         layers: list[DecoderLayer] = list(model.layers)  # type: ignore[arg-type]
         layer_bytes = sum(parameter.nbytes for parameter in layers[0].parameters())
         self._layers = layers[: max(2, math.ceil(_LEAST_BYTES / layer_bytes))]
-        # One cache for all layers, of noise.
-        block_size, (max_len, _) = model.block_size, model.cos_sin.shape
-        row_bytes = 2 * config.num_kv_heads * config.head_dim * weight.itemsize
-        context = min(_CONTEXT, max_len, int(_MOST_CACHE_BYTES / (num_rows * row_bytes)))
+        # One cache for all layers, of noise; where blocks would be too many, rows share them.
+        block_size, max_len = model.block_size, len(model.cos_sin)
+        context = min(_CONTEXT, max_len)
         per_row = math.ceil(context / block_size)
+        shape = (block_size, config.num_kv_heads, config.head_dim)
+        most = _MOST_CACHE_BYTES // (2 * math.prod(shape) * weight.itemsize)
+        num_blocks = max(1, min(num_rows * per_row, most))
         device = weight.device
-        shape = (num_rows * per_row, block_size, config.num_kv_heads, config.head_dim)
-        self._k_cache, self._v_cache = (_noise(*shape, like=weight) for _ in "kv")
-        tables = torch.arange(num_rows * per_row, dtype=torch.int32, device=device)
+        self._k_cache, self._v_cache = (_noise(num_blocks, *shape, like=weight) for _ in "kv")
+        tables = torch.arange(num_rows * per_row, dtype=torch.int32, device=device) % num_blocks
         tables = tables.view(num_rows, per_row)
         last = context - 1
         self._metadata = DecodeMetadata(
@@ -120,8 +151,9 @@ class _Trial:
 
     @torch.inference_mode()
     def step(self) -> None:
-        self._residual.copy_(self._start)
         self.model.plan(self._metadata)
+        # A kernel that does not start early, as attention wants one after its plan.
+        self._residual.copy_(self._start)
         added: Tensor | None = None
         for layer in self._layers:
             added = layer(
@@ -136,11 +168,19 @@ class _Trial:
 
 
 @torch.inference_mode()
-def run_product(
-    model: DecoderModel, kernels: TunedKernels, product: Product
-) -> tuple[Tensor, Tensor]:
-    """The product of noise by the first layer's weight: by the way that kernels.ways has, and
-    plainly in float32. Of some features alone, float32 [N, ...] each."""
+def run_product(model: DecoderModel, kernels: TunedKernels, product: Product) -> Tensor:
+    """Of noise by the first layer's weight, by the way that kernels.ways has: [N, F]."""
+    weight, bias = _weight(model, product)
+    x = _noise(product.num_rows, product.depth, like=weight)
+    if product.silu:
+        return kernels.linear_silu_mul(x, weight, bias, decode=True)
+    out = kernels.linear(x, weight, bias, decode=True)
+    return out.sum(dim=0) if out.dim() == 3 else out
+
+
+@torch.inference_mode()
+def error_of(model: DecoderModel, kernels: TunedKernels, product: Product) -> float:
+    """How far `run_product` is from float32, of its norm, by some of the features."""
     weight, bias = _weight(model, product)
     x = _noise(product.num_rows, product.depth, like=weight)
     step = math.ceil(product.num_features / _CHECKED_FEATURES)
@@ -149,14 +189,14 @@ def run_product(
         some = None if bias is None else bias[::step].float()
         return torch.nn.functional.linear(x.float(), weight[::step].float(), some)
 
-    if not product.silu:
-        out = kernels.linear(x, weight, bias, decode=True)
-        out = out.sum(dim=0) if out.dim() == 3 else out
-        return out[:, ::step].float(), plain(weight, bias)
-    out = kernels.linear_silu_mul(x, weight, bias, decode=True)
-    biases = (None, None) if bias is None else bias.chunk(2)
-    gate, up = (plain(*pair) for pair in zip(weight.chunk(2), biases, strict=True))
-    return out[:, ::step].float(), torch.nn.functional.silu(gate) * up
+    if product.silu:
+        biases = (None, None) if bias is None else bias.chunk(2)
+        gate, up = (plain(*pair) for pair in zip(weight.chunk(2), biases, strict=True))
+        expected = torch.nn.functional.silu(gate) * up
+    else:
+        expected = plain(weight, bias)
+    actual = run_product(model, kernels, product)[:, ::step].float()
+    return float((actual - expected).norm() / expected.norm())
 
 
 def _noise(*shape: int, like: Tensor) -> Tensor:
@@ -178,41 +218,39 @@ def _weight(model: DecoderModel, product: Product) -> tuple[Tensor, Tensor | Non
 
 
 def _fastest(trial: _Trial, product: Product, ways: Mapping[str, Way], streams: Streams) -> str:
-    graphs = {}
+    kernels, rule = trial.kernels, next(iter(ways))
+    graphs: dict[str, Replayable] = {}
     # Of its own: a pool is gone with the last graph in it.
     pool = torch.cuda.graph_pool_handle() if streams.device.type == "cuda" else None
+
+    def step(way: Way) -> None:
+        with _way(kernels, product, way):
+            trial.step()
+
     try:
+        graphs[rule] = capture(functools.partial(step, ways[rule]), streams, pool)
         for name, way in ways.items():
-
-            def step(way: Way = way) -> None:
-                trial.kernels.ways[product] = way
-                trial.step()
-
-            trial.kernels.ways[product] = way
-            if name == "rule" or _is_right(trial, product, name):
-                graphs[name] = capture(step, streams, pool)
+            if name == rule:
+                continue
+            with _forgiven(product, name):
+                with _way(kernels, product, way):
+                    error = error_of(trial.model, kernels, product)
+                if not error <= _MAX_ERROR:  # NaN too
+                    raise ArithmeticError(f"it is wrong by {error:.1e}")
+                graphs[name] = capture(functools.partial(step, way), streams, pool)
         times_ms = _times({name: graph.replay for name, graph in graphs.items()}, streams)
     finally:
-        trial.kernels.ways.pop(product, None)
         streams.synchronize()
         for graph in graphs.values():
             graph.reset()
     return choose(times_ms)
 
 
-def choose(times_ms: dict[str, float]) -> str:
-    """The fastest, if it is worth more than noise beside "rule"."""
+def choose(times_ms: Mapping[str, float]) -> str:
+    """The fastest, if it is worth more than noise beside the rule, which comes first."""
+    rule = next(iter(times_ms))
     best = min(times_ms, key=lambda name: times_ms[name])
-    return best if times_ms[best] < (1 - _LEAST_GAIN) * times_ms["rule"] else "rule"
-
-
-def _is_right(trial: _Trial, product: Product, name: str) -> bool:
-    actual, expected = run_product(trial.model, trial.kernels, product)
-    error = float((actual - expected).norm() / expected.norm())
-    if error <= _MAX_ERROR:  # not where it is NaN
-        return True
-    _log.warning("%s of %s is wrong by %.1e here, so it is left out", name, product, error)
-    return False
+    return best if times_ms[best] < (1 - _LEAST_GAIN) * times_ms[rule] else rule
 
 
 def _times(runs: dict[str, Callable[[], None]], streams: Streams) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What if every copy ran as late as its events allow? Streams that show a missing event."""
+"""What if copies ran, and outputs came, as late as their events allow? A missing one shows."""
 
 from __future__ import annotations
 
@@ -28,17 +28,44 @@ class _LateEvent:
 
 class LateStreams(CpuStreams):
     """Compute runs at once; a copy only when an event that somebody waits for needs it. What a
-    copy reads is what its source holds then."""
+    copy reads is what its source holds then. What compute wrote to the host's memory shows when an
+    event recorded after it is waited for."""
 
     def __init__(self) -> None:
         super().__init__()
+        # Buffers of the host, and what it sees of those that are not copied to the device.
+        self.buffers: list[torch.Tensor] = []
+        self.sources: set[int] = set()
+        self.seen: dict[int, torch.Tensor] = {}
         self.queues: dict[str, list[Callable[[], None]]] = {}
         self.done: dict[str, int] = {}
 
     def event(self, name: str, *, timed: bool = False) -> _LateEvent:
         return _LateEvent(self, name)
 
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        buffer = super().host_buffer(nbytes)
+        self.buffers.append(buffer)
+        self.seen[buffer.data_ptr()] = buffer.clone()
+        return buffer
+
+    def _hide_outputs(self) -> None:
+        for buffer in self.buffers:
+            seen = self.seen[buffer.data_ptr()]
+            if buffer.data_ptr() in self.sources or torch.equal(buffer, seen):
+                continue
+            written = buffer.clone()
+            buffer.copy_(seen)
+
+            def show(buffer: torch.Tensor = buffer, written: torch.Tensor = written) -> None:
+                buffer.copy_(written)
+                self.seen[buffer.data_ptr()] = written
+
+            self._enqueue(COMPUTE, show)
+
     def record(self, event: _LateEvent, stream: str) -> None:
+        if stream == COMPUTE:
+            self._hide_outputs()
         event.mark = (stream, len(self.queues.setdefault(stream, [])))
         self.done.setdefault(stream, 0)
 
@@ -50,6 +77,7 @@ class LateStreams(CpuStreams):
 
     def copy(self, stream: str, dst: torch.Tensor, src: torch.Tensor, what: str) -> None:
         check_copy(dst, src)
+        self.sources.add(src.data_ptr())
 
         def run() -> None:
             dst.copy_(src)

@@ -493,8 +493,9 @@ def test_copies_may_run_as_late_as_their_events_allow() -> None:
         assert one["copies"].tolist() == [10 * number + i for i in range(1 + number % 5)]
 
 
-def test_late_copies_show_a_missing_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    name, old, new = MUTATIONS["copy-in before the step"]
+@pytest.mark.parametrize("what", MUTATIONS)
+def test_late_copies_show_a_missing_event(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, old, new = MUTATIONS[what]
     monkeypatch.setattr(Banks, name, mutated(getattr(Banks, name), old, new))
     right = [output["copies"].tolist() for output in drive(CpuStreams(), [])]
     assert [output["copies"].tolist() for output in drive(LateStreams(), [])] != right
@@ -643,6 +644,30 @@ def test_clock_recycles_its_events() -> None:
         clock.end()
         clock.collect()
     assert streams.num_events <= 8
+
+
+def test_clock_reads_many_at_once_where_it_is_told_to() -> None:
+    clock = StepClock(CpuStreams())
+    seen = []
+    for _ in range(7):
+        clock.begin("decode")
+        clock.end()
+        seen.append(len(clock.collect(least=3)))
+    assert seen == [0, 0, 3, 0, 0, 3, 0]
+    assert len(clock.collect()) == 1
+
+
+def test_clock_leaves_a_launch_that_was_cut_off() -> None:
+    """Its end was recorded never, or for an earlier launch."""
+    clock = StepClock(CpuStreams())
+    for _ in range(3):
+        clock.begin("decode")
+        clock.end()
+        clock.collect()
+    clock.begin("decode")
+    assert clock.collect() == []
+    clock.end()
+    assert len(clock.collect()) == 1
 
 
 def test_clock_of_a_launch_on_its_way_is_not_read(fake_time: FakeTime) -> None:

@@ -109,6 +109,9 @@ MUTATIONS = {
         "pass",
         copies_are_late=True,
     ),
+    "the host does not wait for the step": Mutation(
+        Banks, Banks.wait, "bank.ready.synchronize()", "pass", copies_are_late=True
+    ),
     "a preempted sequence keeps its place": Mutation(
         Scheduler, Scheduler._preempt, "table.num_computed[idx] = 0", "pass"
     ),

@@ -12,8 +12,9 @@ import pytest
 from captures import COMPUTE, CpuStreams, StepClock
 from graphengine import LLM, SamplingParams
 from graphengine.demo.sums import heldout_pairs, prompt
+from graphengine.engine import _SPANS_AT_ONCE
 from graphengine.errors import ConfigError
-from graphengine.metrics import IdleAccount, Lap, Laps
+from graphengine.metrics import _RECENT_LAPS, IdleAccount, Lap, Laps
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 
@@ -107,3 +108,24 @@ def test_stats_name_what_the_device_waited_for() -> None:
     assert [gap.ms for gap in longest] == sorted((gap.ms for gap in longest), reverse=True)
     assert {lap.phase for lap in laps} >= {"schedule", "commit"}
     assert {label for label, _, _ in launches} <= {"prefill", "decode"}
+
+
+@pytest.mark.parametrize("num_taken", [1, 2])
+def test_stream_that_is_left_early_is_accounted_for(num_taken: int, tmp_path: Path) -> None:
+    """Though spans are read many at a time."""
+    file = tmp_path / "trace.json"
+    with LLM("demo", max_num_seqs=4, trace=str(file)) as llm:
+        outputs = llm.stream([prompt(a, b) for a, b in heldout_pairs()[:2]], GREEDY)
+        for _ in range(num_taken):
+            next(outputs)
+        outputs.close()
+        stats = llm.stats()
+        assert stats.num_prefill_steps == 1
+        assert stats.num_decode_steps >= stats.output_tokens // 2 - 1 > 0
+    names = [event["name"] for event in json.loads(file.read_text())["traceEvents"]]
+    assert names.count("decode") >= 2 * stats.num_decode_steps
+
+
+def test_laps_reach_back_as_far_as_spans_are_read_late() -> None:
+    """A turn has six, and three turns lie between a launch and its end."""
+    assert _RECENT_LAPS >= 6 * (_SPANS_AT_ONCE + 3)

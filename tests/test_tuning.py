@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import filelock
 import pytest
 import torch
 from rich.console import Console
 from torch import Tensor
+from typer.testing import CliRunner
 
+import graphengine.build
 import graphengine.jobs.job
 import graphengine.tuning_file
 import graphengine.tuning_trial
 from captures import BucketLadder, CpuStreams
+from cli import app
 from graphengine import LLM, SamplingParams
 from graphengine.config import EngineConfig
 from graphengine.errors import ConfigError
@@ -26,10 +33,19 @@ from graphengine.jobs.job import run_job
 from graphengine.jobs.output import Place
 from graphengine.kernels import reference
 from graphengine.kernels.tiles import Tiles, WideTiles
-from graphengine.kernels.ways import MAX_TUNED_ROWS, GatedTiles, Means, Product, Way, rule, ways
+from graphengine.kernels.ways import (
+    MAX_TUNED_ROWS,
+    GatedTiles,
+    Means,
+    Product,
+    Way,
+    name_of,
+    rule,
+    ways,
+)
 from graphengine.model import DecoderModel
 from graphengine.tuning_file import Choices, file_in, locked, read, write
-from graphengine.tuning_trial import choose, products_to_tune, run_product, try_all, tune
+from graphengine.tuning_trial import choose, error_of, products_to_tune, try_all, tune
 from perf.shapes import SHAPES
 
 
@@ -80,28 +96,37 @@ def test_ways_divide_their_product_and_are_told_apart(means: Means) -> None:
     seen = 0
     for product in products_of_shapes((1, 16, 40, 64, 80, 128, 192, 256)):
         found = ways(product, means)
-        assert found["rule"] == rule(product, means)
+        assert next(iter(found.values())) == rule(product, means)
         assert len(set(found.values())) == len(found), "a way twice"
+        assert {name_of(way): way for way in found.values()} == found
         assert None in found.values(), "cuBLAS is always one"
         for way in found.values():
+            if way == rule(product, means):
+                continue
             if isinstance(way, (Tiles, WideTiles)):
+                assert product.depth // way.splits >= 512
                 assert product.num_features % way.block_f == 0
                 assert product.depth % (way.splits * way.block_c) == 0
                 assert way.splits == 1 or not product.silu
             if isinstance(way, WideTiles):
                 assert means.tma
+                row_tiles = math.ceil(product.num_rows / way.block_n)
+                programs = product.num_features // way.block_f * way.splits * row_tiles
+                assert 88 <= programs <= 132, "one wave"
+                assert way.num_stages >= 4
                 both = 2 if product.silu else 1
                 stage = 2 * way.block_c * (way.block_n + both * way.block_f)
                 assert way.num_stages * stage <= 220 << 10, "more shared memory than there is"
             if isinstance(way, GatedTiles):
                 assert product.silu
+                assert product.num_rows > 64
         seen += len(found)
     assert seen > 400
 
 
 def test_products_of_no_dtype_for_triton_have_cublas_alone() -> None:
     product = Product(64, 4096, 4096, silu=False)
-    assert ways(product, Means(triton=False, tma=False, gated=False)) == {"rule": None}
+    assert ways(product, Means(triton=False, tma=False, gated=False)) == {"cublas": None}
 
 
 def test_products_are_those_of_steps_that_run_without_the_chain(tmp_path: Path) -> None:
@@ -132,6 +157,8 @@ class Table:
         way = self.ways.get(product, "none")
         if way == "none":
             return out
+        if way == FAILING:
+            raise RuntimeError("out of resource: shared memory")
         self.calls.append((product, way))  # type: ignore[arg-type]
         time.sleep(self.seconds.get(way, 0.0))  # type: ignore[call-overload]
         return out * 1.1 if way in self.wrong else out
@@ -148,7 +175,14 @@ class Table:
 
 
 SLOW, FAST, WRONG = Tiles(1, 1, 1, 1), Tiles(2, 2, 1, 1), Tiles(3, 3, 1, 1)
-NAMED: dict[str, Way] = {"rule": None, "slow": SLOW, "fast": FAST, "wrong": WRONG}
+FAILING = Tiles(4, 4, 1, 1)
+NAMED: dict[str, Way] = {
+    "rule": None,
+    "slow": SLOW,
+    "failing": FAILING,
+    "fast": FAST,
+    "wrong": WRONG,
+}
 SECONDS: dict[Way, float] = {None: 0.004, SLOW: 0.008, FAST: 0.0, WRONG: 0.0}
 
 
@@ -159,17 +193,22 @@ def tried(llm: LLM, kernels: Table) -> DecoderModel:
     return model
 
 
-def test_fastest_right_way_is_found_for_each_product(tmp_path: Path) -> None:
+def test_fastest_right_way_is_found_for_each_product(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     kernels = Table(SECONDS, wrong=(WRONG,))
     with small_llm(tmp_path) as llm:
         model = tried(llm, kernels)
         products = products_to_tune(model.config, BucketLadder([2, 4]), num_chained=0)
         assert len(products) == 2 * len({str(p).partition("x")[2] for p in products})
         named = dict.fromkeys(products, NAMED)
-        named[products[-1]] = {"rule": FAST, "slow": SLOW}
+        named[products[-1]] = {"first": FAST, "slow": SLOW}
         found = tune(model, kernels, named, CpuStreams())  # type: ignore[arg-type]
-    assert found == {**dict.fromkeys(products, "fast"), products[-1]: "rule"}
+    assert found == {**dict.fromkeys(products, "fast"), products[-1]: "first"}
     assert kernels.ways == {}, "a trial's ways are its own"
+    for what in ("wrong", "failing"):
+        told = [line for line in caplog.messages if line.startswith(f"{what} of ")]
+        assert len(told) == len(products) - 1
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "biases"])
@@ -180,8 +219,7 @@ def test_wrong_way_is_noticed_in_every_product(bias: bool, tmp_path: Path) -> No
             model = tried(llm, kernels)
             for product in products_to_tune(model.config, BucketLadder([4]), num_chained=0):
                 kernels.ways[product] = WRONG
-                actual, expected = run_product(model, kernels, product)  # type: ignore[arg-type]
-                error = float((actual - expected).norm() / expected.norm())
+                error = error_of(model, kernels, product)  # type: ignore[arg-type]
                 assert (error > 0.02) == bool(wrong)
 
 
@@ -191,8 +229,72 @@ def test_every_way_is_rehearsed_once(tmp_path: Path) -> None:
         model = tried(llm, kernels)
         products = products_to_tune(model.config, BucketLadder([2]), num_chained=0)
         try_all(model, kernels, dict.fromkeys(products, NAMED))  # type: ignore[arg-type]
-    assert kernels.calls == [(product, way) for product in products for way in NAMED.values()]
+    run = [way for way in NAMED.values() if way != FAILING]
+    assert kernels.calls == [(product, way) for product in products for way in run]
     assert kernels.ways == {}
+
+
+def test_rule_that_fails_ends_the_start(tmp_path: Path) -> None:
+    kernels = Table({})
+    with small_llm(tmp_path) as llm:
+        model = tried(llm, kernels)
+        products = products_to_tune(model.config, BucketLadder([2]), num_chained=0)
+        named: dict[Product, Mapping[str, Way]] = {products[0]: {"rule": FAILING, "fast": FAST}}
+        with pytest.raises(RuntimeError, match="shared memory"):
+            tune(model, kernels, named, CpuStreams())  # type: ignore[arg-type]
+    assert kernels.ways == {}
+
+
+def test_memory_that_runs_out_leaves_the_rest_to_the_rules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = Table({})
+    made = graphengine.tuning_trial._Trial
+
+    def trial(model: DecoderModel, kernels: Any, num_rows: int) -> Any:
+        if num_rows == 4:
+            raise torch.OutOfMemoryError
+        return made(model, kernels, num_rows)
+
+    monkeypatch.setattr(graphengine.tuning_trial, "_Trial", trial)
+    with small_llm(tmp_path) as llm:
+        model = tried(llm, kernels)
+        products = products_to_tune(model.config, BucketLadder([2, 4]), num_chained=0)
+        named: dict[Product, Mapping[str, Way]] = {key: {"rule": None} for key in products}
+        found = tune(model, kernels, named, CpuStreams())  # type: ignore[arg-type]
+    assert {product.num_rows for product in found} == {2}
+
+
+def test_trial_is_two_layers_from_the_same_start_with_a_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = Table({})
+    plans: list[int] = []
+    monkeypatch.setattr(
+        DecoderModel, "plan", lambda self, data: plans.append(len(data.context_lens))
+    )
+    with small_llm(tmp_path) as llm:
+        model = tried(llm, kernels)
+        trial = graphengine.tuning_trial._Trial(model, kernels, 3)  # type: ignore[arg-type]
+        product = products_to_tune(model.config, BucketLadder([3]), num_chained=0)[0]
+        kernels.ways[product] = None
+        results = []
+        for _ in range(2):
+            trial.step()
+            results.append(trial._residual.clone())
+    assert torch.equal(*results)
+    assert plans == [3, 3]
+    assert len(kernels.calls) == 2 * 2
+
+
+def test_cache_of_a_trial_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with small_llm(tmp_path) as llm:
+        model = llm._runner._model
+        monkeypatch.setattr(graphengine.tuning_trial, "_MOST_CACHE_BYTES", 2**17)
+        trial = graphengine.tuning_trial._Trial(model, Table({}), 64)  # type: ignore[arg-type]
+        assert trial._k_cache.nbytes + trial._v_cache.nbytes <= 2**17
+        assert int(trial._metadata.block_tables.max()) < len(trial._k_cache)
+        trial.step()
 
 
 def test_what_gains_little_leaves_the_rule() -> None:
@@ -208,20 +310,24 @@ ALL: dict[Product, Mapping[str, Way]] = {A: NAMED, B: NAMED}
 MADE_FOR = {"card": "none"}
 
 
+def choices_of(own: Path | None = None, cache: Path | None = None) -> Choices:
+    return Choices(ALL, MADE_FOR, own=own, cache=cache)
+
+
+def never(missing: object) -> Mapping[Product, str]:
+    raise AssertionError("measured twice")
+
+
 def test_what_was_found_is_found_again(tmp_path: Path) -> None:
     path = file_in(tmp_path / "new", MADE_FOR)
-    choices = Choices(ALL, [path], MADE_FOR)
+    choices = choices_of(cache=path)
     assert choices.missing == ALL
     choices.complete(lambda missing: {A: "fast", B: "rule"})
     assert choices.chosen == {A: FAST, B: None}
     assert json.loads(path.read_text())["made_for"] == MADE_FOR
-    again = Choices(ALL, [path], MADE_FOR)
+    again = choices_of(cache=path)
     assert again.missing == {}
     assert again.chosen == choices.chosen
-
-    def never(missing: object) -> Mapping[Product, str]:
-        raise AssertionError("measured twice")
-
     again.complete(never)
 
 
@@ -229,59 +335,128 @@ def test_own_folder_goes_before_the_cache_and_gets_what_it_lacks(tmp_path: Path)
     own, cache = tmp_path / "own.json", tmp_path / "cache.json"
     write(own, {}, {str(A): "slow", "1x2x3": "kept"})
     write(cache, {}, {str(A): "fast", str(B): "fast"})
-    choices = Choices(ALL, [own, cache], MADE_FOR)
-    choices.complete(lambda missing: {})
+    choices = choices_of(own, cache)
+    choices.complete(never)
     assert choices.chosen == {A: SLOW, B: FAST}
     assert read(own) == {str(A): "slow", str(B): "fast", "1x2x3": "kept"}
     assert read(cache) == {str(A): "fast", str(B): "fast"}
 
 
+def test_cache_gets_what_was_measured_here_alone(tmp_path: Path) -> None:
+    """Not what a folder brings from another card."""
+    own, cache = tmp_path / "own.json", tmp_path / "cache.json"
+    write(own, {}, {str(A): "slow"})
+    choices_of(own, cache).complete(lambda missing: dict.fromkeys(missing, "fast"))
+    assert read(cache) == {str(B): "fast"}
+    assert read(own) == {str(A): "slow", str(B): "fast"}
+
+
+def test_what_another_has_written_meanwhile_goes_before_what_was_found(tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+
+    def find(missing: Mapping[Product, object]) -> Mapping[Product, str]:
+        write(own, {}, {str(A): "slow"})
+        return dict.fromkeys(missing, "fast")
+
+    choices = choices_of(own, tmp_path / "cache.json")
+    choices.complete(find)
+    assert choices.chosen == {A: SLOW, B: FAST}
+    assert read(own) == {str(A): "slow", str(B): "fast"}
+
+
+def test_what_is_not_found_has_no_way_and_is_asked_for_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    choices = choices_of(cache=path)
+    choices.complete(lambda missing: {A: "fast"})
+    assert choices.chosen == {A: FAST}
+    asked: list[Product] = []
+    choices_of(cache=path).complete(lambda missing: (asked.extend(missing), {})[1])
+    assert asked == [B]
+
+
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"ways": 3}', '{"ways": {"8x64x32": "no such way"}}', "\xff"]
+    "content",
+    [
+        *("", "{", "[]", '{"ways": 3}', '{"ways": {"8x64x32": "no such way"}}', "\xff"),
+        *("[" * 200_000, '{"ways": {"8x64x32": "slow"}}' + " " * 2**20),
+    ],
+    ids=str.__len__,
 )
 def test_damaged_file_is_as_good_as_none(content: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content.encode("latin-1"))
-    choices = Choices(ALL, [path], MADE_FOR)
+    choices = choices_of(cache=path)
     assert choices.missing == ALL
     choices.complete(lambda missing: dict.fromkeys(missing, "fast"))
-    assert Choices(ALL, [path], MADE_FOR).chosen == {A: FAST, B: FAST}
+    assert choices_of(cache=path).chosen == {A: FAST, B: FAST}
 
 
 def test_folder_that_cannot_be_written_costs_no_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    choices = Choices(ALL, [tmp_path / "file" / "a.json"], MADE_FOR)
-    choices.complete(lambda missing: dict.fromkeys(missing, "fast"))
-    assert choices.chosen == {A: FAST, B: FAST}
+    own = tmp_path / "own.json"
+    for _ in range(2):
+        choices = choices_of(own, tmp_path / "file" / "a.json")
+        choices.complete(lambda missing: dict.fromkeys(missing, "fast"))
+        assert choices.chosen == {A: FAST, B: FAST}
+    assert len(caplog.messages) == 1, "told where something was lost"
     assert "cannot be written" in caplog.text
 
 
-def _complete(path: Path, name: str, results: Any) -> None:
-    choices = Choices(ALL, [path], MADE_FOR)
+def test_file_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    write(path, {}, {"a": "b"})
+    assert path.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+    def full(self: Path, *_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write(path, {}, {"a": "c"})
+    assert read(path) == {"a": "b"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _complete(own: Path, cache: Path, name: str, results: Any) -> None:
+    choices = choices_of(own, cache)
     choices.complete(lambda missing: (time.sleep(0.5), dict.fromkeys(missing, name))[1])
-    results.put((name, [str(way) for way in choices.chosen.values()]))
+    results.put([str(way) for way in choices.chosen.values()])
 
 
 def test_processes_that_start_together_choose_alike(tmp_path: Path) -> None:
+    """Also on two kinds of cards, whose caches are two."""
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    path = tmp_path / "a.json"
+    own = tmp_path / "own.json"
     processes = [
-        context.Process(target=_complete, args=(path, name, results)) for name in ("fast", "slow")
+        context.Process(target=_complete, args=(own, tmp_path / cache, name, results))
+        for cache, name in (("1.json", "fast"), ("1.json", "slow"), ("2.json", "wrong"))
     ]
     for process in processes:
         process.start()
     seen = [results.get(timeout=60) for _ in processes]
     for process in processes:
         process.join(timeout=60)
-    assert seen[0][1] == seen[1][1] == [str(NAMED[seen[0][0]])] * 2
+    (name,) = set(read(own).values())
+    assert seen == [[str(NAMED[name])] * 2] * 3
 
 
-def test_lock_that_cannot_be_had_is_none(tmp_path: Path) -> None:
+def test_lock_that_cannot_be_had_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     with locked(tmp_path / "file" / "a.json"):
+        pass
+    monkeypatch.setattr(graphengine.tuning_file, "_LOCK_TIMEOUT_S", 0.1)
+    with filelock.FileLock(tmp_path / "b.json.lock"), locked(tmp_path / "b.json"):
         pass
 
 
@@ -293,10 +468,43 @@ def test_files_of_two_cards_are_two(tmp_path: Path) -> None:
 # --- options
 
 
-@pytest.mark.parametrize("value", ["", 3, None])
+@pytest.mark.parametrize("value", ["", 3, None, "Off", "AUTO", "none", "on"])
 def test_senseless_tuning_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"tuning is .*; give auto, off or a folder"):
         LLM("demo", tuning=value)
+
+
+@pytest.mark.parametrize("command", ["generate", "run"])
+def test_commands_hand_it_on(command: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text('{"prompt": "1+1="}\n')
+    arguments = {"generate": ["demo", "1+1="], "run": ["demo", str(file), "--output", "o.jsonl"]}
+    result = CliRunner().invoke(app, [command, *arguments[command], "--tuning", str(file)])
+    assert result.exit_code == 2
+    assert "which is a file; give auto, off or a folder" in result.output
+
+
+def test_folder_among_a_jobs_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written there would be input when the job goes on."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.json").write_text('{"prompt": "1+1="}\n')
+    for source, folder in (("in", "in"), ("in", "in/ways"), ("in/*.json", "in")):
+        arguments = ["run", "demo", source, "--output", "o.jsonl", "--tuning", folder]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2
+        assert "--tuning in" in result.output
+        assert "is within the input or the output of the job" in result.output
+
+
+def test_off_measures_nothing() -> None:
+    config = EngineConfig("demo", tuning="off")
+    resolved: Any = SimpleNamespace(
+        device=torch.device("cuda"), dtype=torch.bfloat16, config=config
+    )
+    assert graphengine.build._make_tuning(resolved) is None
 
 
 def test_cpu_has_nothing_to_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +573,8 @@ def test_every_way_computes_its_product(num_rows: int) -> None:
             for dim in (0, 1):
                 errors = (out - expected).norm(dim=dim) / expected.norm(dim=dim)
                 assert float(errors.max()) < 2e-2, (product, name)
-    assert {"rule", "cublas"} < names
+    assert len(names) > 3
+    assert "cublas" in names
 
 
 def gpu_llm(folder: Path, tuning: str, **options: Any) -> LLM:

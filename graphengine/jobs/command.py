@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from graphengine.config import EngineConfig, engine_config
+from graphengine.config import TUNING, EngineConfig, engine_config
 from graphengine.errors import ConfigError
 from graphengine.exit_codes import errors_as_exit_codes, say
 from graphengine.options import (
@@ -216,6 +216,10 @@ def run(
             shard=parse_shard(shard, os.environ),
         )
         place = Place.of(config)
+        if tuning not in TUNING:
+            folder = Path(tuning).expanduser()
+            for inside in (folder, folder / "a.json"):
+                place.check_beside("--tuning", str(inside))
         for option, path in (("--summary", summary), ("--trace", trace)):
             if path is not None:
                 check_output_path(path, input)

@@ -78,7 +78,7 @@ def run_job(
         pool = WorkerPool(
             devices,
             # Paths, so that no worker asks the hub again. What was measured stays with the job, so
-            # that it goes on by it, wherever that is.
+            # that it goes on by it, on other GPUs of the same kind too.
             engine=dataclasses.replace(
                 config.engine,
                 tuning=_tuning(config.engine.tuning, place.state),

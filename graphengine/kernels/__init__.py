@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 class Kernels(Protocol):
-    """The fused operations of a decode step. `kernels.reference` and `kernels.fused` are its two
-    implementations, function by function; `reference` says what each computes."""
+    """The fused operations of a decode step. `kernels.reference`, `kernels.fused` and the class of
+    `kernels.tuned` have them all; `reference` says what each computes."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 

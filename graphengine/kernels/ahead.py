@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextvars import ContextVar
@@ -43,6 +44,27 @@ def want(make_ready: Callable[[], object]) -> None:
     wanted = _wanted.get()
     assert wanted is not None
     wanted.append(make_ready)
+
+
+@contextlib.contextmanager
+def expendable() -> Iterator[None]:
+    """In a rehearsal: what is wanted within may fail to compile, which whoever launches it sees."""
+    wanted = _wanted.get()
+    if wanted is None:
+        yield
+        return
+    within: list[Callable[[], object]] = []
+    token = _wanted.set(within)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+        wanted += [functools.partial(_try, make_ready) for make_ready in within]
+
+
+def _try(make_ready: Callable[[], object]) -> None:
+    with contextlib.suppress(Exception):
+        make_ready()
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ def linear(
 
 
 def linear_by(way: Way, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear`, in one of its `ways`. Raises ValueError for one that is none of its own."""
+    """`linear`, in one of its `ways`. Raises ValueError for one of others."""
     if way is None:
         return F.linear(x, weight, bias)
     if isinstance(way, WideTiles):
@@ -88,24 +88,25 @@ def linear_silu_mul(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, decode: bool = False
 ) -> Tensor:
     """`reference.linear_silu_mul`."""
-    product, means = product_of(x, weight, silu=True), means_of(x, bias)
     way: Way = None
     if decode:
-        way = rule(product, means)
-    elif means.gated:
-        features = gated_features(product.num_rows, product.num_features, product.depth)
+        way = rule(product_of(x, weight, silu=True), means_of(x, bias))
+    elif x.dtype == torch.bfloat16 and bias is None and is_hopper(x.device):
+        features = gated_features(x.shape[0], weight.shape[0] // 2, weight.shape[1])
         way = None if features is None else GatedTiles(features)
     return linear_silu_mul_by(way, x, weight, bias)
 
 
 def linear_silu_mul_by(way: Way, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear_silu_mul`, in one of its `ways`."""
+    """`linear_silu_mul`, in one of its `ways`. Raises ValueError for one of others."""
     if way is None:
         return _silu_mul(F.linear(x, weight, bias))
     if isinstance(way, WideTiles):
         return _launch_wide(x, weight, bias, way, silu=True)[0]
     if isinstance(way, GatedTiles):
         return gated_linear(x, weight, way.features)
+    if way.splits != 1:
+        raise ValueError(f"{way} splits what SiLU must have whole")
     out = torch.empty((x.shape[0], weight.shape[0] // 2), dtype=x.dtype, device=x.device)
     _launch(x, weight, bias, out, way, silu=True)
     return out

@@ -1,14 +1,15 @@
 """In which ways can a product of a decode step run? The rule's, and others that may be faster.
 
 The rules of `tiles` were found with two models on one kind of card. On an H200 other models' layers
-of 40 to 64 rows were up to a sixth slower by them than by the best of these ways (perf/LOG.md), so
-`tuning` measures those that a model's products have.
+of 48 to 64 rows took up to a sixth less time by the best of these ways (perf/LOG.md), so `tuning`
+measures those that a model's products have.
 
 Letters: N rows, F output features, C input features, I intermediate.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from graphengine.kernels.tiles import (
@@ -24,7 +25,7 @@ from graphengine.kernels.tiles import (
 
 MAX_TUNED_ROWS = 256
 # Programs that fill a wave of the 132 multiprocessors, or two to three with less of each.
-_ONE_WAVE = range(88, MULTIPROCESSORS + 1)
+_FULL_WAVE = range(88, MULTIPROCESSORS + 1)
 _SMALL_PROGRAMS = range(200, 3 * MULTIPROCESSORS + 1)
 _SPLITS = (1, 2, 4, 8)
 _MIN_SPLIT_DEPTH = 512
@@ -75,37 +76,39 @@ def rule(product: Product, means: Means) -> Way:
     return silu_tiles(rows, features, depth) if means.triton else None
 
 
+def name_of(way: Way) -> str:
+    """Says all of it, so that it means the same whatever rules come to be."""
+    if way is None:
+        return "cublas"
+    if isinstance(way, GatedTiles):
+        return f"gated {way.features}"
+    if isinstance(way, Tiles):
+        return f"tiles {way.block_f}x{way.block_c}/{way.splits} {way.num_stages} ahead"
+    cut = f"{way.block_n}x{way.block_f}x{way.block_c}/{way.splits}"
+    return f"wide {cut} {way.num_stages} ahead, {way.num_warps} warps"
+
+
 def ways(product: Product, means: Means) -> dict[str, Way]:
-    """By name: "rule", and all others, each once."""
-    found: dict[str, Way] = {"rule": rule(product, means)}
-    others: dict[str, Way] = {"cublas": None}
+    """By their names, each once: the rule's first."""
+    found: list[Way] = [rule(product, means), None]
     if means.triton and product.num_rows <= MAX_ROWS:
         cuts = [((64, 64, 4), _SMALL_PROGRAMS)]
         if not product.silu:
-            cuts += [((64, 128, 4), _ONE_WAVE), ((32, 128, 4), _SMALL_PROGRAMS)]
+            cuts += [((64, 128, 4), _FULL_WAVE), ((32, 128, 4), _SMALL_PROGRAMS)]
         for (block_f, block_c, num_stages), programs in cuts:
             for splits in _splits(product, block_f, block_c, 1, programs):
-                name = f"tiles {block_f}x{block_c}/{splits}"
-                others[name] = Tiles(block_f, block_c, splits, num_stages)
+                found.append(Tiles(block_f, block_c, splits, num_stages))
     if means.tma:
         for tiles in _wide_cuts(product):
             row_tiles = -(-product.num_rows // tiles.block_n)
-            for splits in _splits(product, tiles.block_f, tiles.block_c, row_tiles, _ONE_WAVE):
-                name = f"wide {tiles.block_n}x{tiles.block_f}x{tiles.block_c}/{splits}"
-                others[name] = WideTiles(
-                    tiles.block_n,
-                    tiles.block_f,
-                    tiles.block_c,
-                    splits,
-                    tiles.num_stages,
-                    tiles.num_warps,
-                )
+            for splits in _splits(product, tiles.block_f, tiles.block_c, row_tiles, _FULL_WAVE):
+                found.append(dataclasses.replace(tiles, splits=splits))
     if means.gated and product.silu and product.num_rows > MAX_ROWS:
-        # As if its rows were a tile's: a rule leaves it out where a tile would be half empty.
+        # As if its rows were a tile's: the rule leaves it out where a tile would be half empty.
         features = gated_features(MAX_TUNED_ROWS, product.num_features, product.depth)
         if features is not None:
-            others["gated"] = GatedTiles(features)
-    return found | {name: way for name, way in others.items() if way != found["rule"]}
+            found.append(GatedTiles(features))
+    return {name_of(way): way for way in found}
 
 
 def _wide_cuts(product: Product) -> list[WideTiles]:
