@@ -34,6 +34,7 @@ from graphengine.sequence_table import SequenceTable
 from graphengine.step_inputs import (
     OUTPUT_FIELDS,
     TOKEN_IDS,
+    Filled,
     PrefillLayout,
     decode_fields,
     decode_metadata,
@@ -81,6 +82,7 @@ class ModelRunner:
         self._streams = streams
         self._clock = clock
         device = streams.device
+        self._filled: dict[int, Filled] = {}  # by bank
         self._last_token_ids = torch.zeros(table.null_idx + 1, dtype=torch.int64, device=device)
 
         self._prefill_layout = PrefillLayout(table)
@@ -222,7 +224,16 @@ class ModelRunner:
 
     def _launch_decode(self, batch: DecodeBatch, table: SequenceTable) -> Launched:
         step = self._runner.open(len(batch.rows))
-        fill_decode(step.inputs, batch, table)
+        fill = Filled(batch.rows, table.num_block_changes)
+        before = self._filled.get(step.bank.index)
+        fill_decode(
+            step.inputs,
+            batch,
+            table,
+            has_rows=before is not None and before.has_rows_of(fill),
+            has_blocks=before is not None and before.has_blocks_of(fill),
+        )
+        self._filled[step.bank.index] = fill
         self._runner.launch(step)
         return Launched(batch, lambda: cast(TokenIds, self._runner.wait(step)[TOKEN_IDS]))
 
@@ -284,6 +295,7 @@ class ModelRunner:
 
     def _run_null_decode(self, num_rows: int) -> None:
         step = self._runner.open(num_rows)
+        self._filled.clear()
         for name, pad in self._decode_pads.items():
             step.inputs[name][:] = pad
         self._runner.launch(step)

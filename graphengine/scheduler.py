@@ -26,11 +26,12 @@ _WATERMARK_SHARE = 4
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
-    """One token for each sequence in `rows`: seq_idx int64 [n]; epochs int64 [n]. context_lens:
-    int32 [n], with this token."""
+    """One token for each sequence in `rows`: seq_idx int64 [n]; epochs int64 [n]. num_released: of
+    the table, then. context_lens: int32 [n], with this token."""
 
     rows: Rows
     epochs: Rows
+    num_released: int
     context_lens: npt.NDArray[np.int32]
 
 
@@ -104,11 +105,11 @@ class Scheduler:
         else. Steps must be committed in the order they were scheduled.
         """
         table = self._table
-        live = table.epochs[batch.rows] == batch.epochs
-        if isinstance(batch, PrefillBatch):
-            live &= batch.samples
         rows, ids = batch.rows, token_ids
-        if np.count_nonzero(live) < len(live):
+        if isinstance(batch, PrefillBatch) or batch.num_released != table.num_released:
+            live = table.epochs[batch.rows] == batch.epochs
+            if isinstance(batch, PrefillBatch):
+                live &= batch.samples
             rows, ids = rows[live], ids[live]
         at = table.num_tokens[rows]
         table.token_ids[rows, at] = ids
@@ -246,7 +247,7 @@ class Scheduler:
         context_lens = computed + 1
         table.num_computed[rows] = context_lens
         table.num_launched[rows] = launched + 1
-        return DecodeBatch(rows, table.epochs[rows], context_lens)
+        return DecodeBatch(rows, table.epochs[rows], table.num_released, context_lens)
 
     def _give_blocks_to(self, full: Rows, rows: Rows) -> set[int]:
         """One more block for each of `full`, some of `rows`. Gives those preempted for it."""

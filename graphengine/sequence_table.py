@@ -55,6 +55,9 @@ class SequenceTable:
         self.has_stop_strings = np.zeros(lines, np.bool_)
         self.any_stop_strings = False  # of any sequence so far
         self.sequences: list[Sequence | None] = [None] * lines
+        # How often a line lost its owner, and any line's blocks changed.
+        self.num_released = 0
+        self.num_block_changes = 0
         self._free = list(range(max_num_seqs - 1, -1, -1))
 
     @property
@@ -90,23 +93,27 @@ class SequenceTable:
         """Ends the owner's time. Its blocks must have been taken by `take_blocks`."""
         assert self.num_blocks[idx] == 0
         self.sequences[idx] = None
+        self.num_released += 1
         self.epochs[idx] += 1
         self._free.append(idx)
 
     def give_blocks(self, idx: int, blocks: list[int]) -> None:
         held = int(self.num_blocks[idx])
+        self.num_block_changes += 1
         self.block_tables[idx, held : held + len(blocks)] = blocks
         self.num_blocks[idx] = held + len(blocks)
 
     def give_block_each(self, rows: npt.NDArray[np.int64], blocks: list[int]) -> None:
         """One more block for each of `rows`, in their order."""
         held = self.num_blocks[rows]
+        self.num_block_changes += 1
         self.block_tables[rows, held] = blocks
         self.num_blocks[rows] = held + 1
 
     def take_blocks(self, idx: int) -> list[int]:
         """All blocks of the line; its table is null again, so no stale column can be read."""
         held = int(self.num_blocks[idx])
+        self.num_block_changes += 1
         blocks: list[int] = self.block_tables[idx, :held].tolist()
         self.block_tables[idx, :held] = NULL_BLOCK
         self.num_blocks[idx] = 0

@@ -7,6 +7,7 @@ M stop ids per sequence.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -57,34 +58,64 @@ def decode_fields(table: SequenceTable) -> tuple[Field, ...]:
     )
 
 
-def fill_decode(views: HostArrays, batch: DecodeBatch, table: SequenceTable) -> None:
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What a bank's memory holds: which rows, and how far their table was."""
+
+    rows: Rows
+    num_block_changes: int
+
+    def has_rows_of(self, other: Filled) -> bool:
+        """Whether what belongs to a sequence all its life is there. The scheduler makes a new array
+        wherever its rows, or whose they are, change."""
+        return self.rows is other.rows
+
+    def has_blocks_of(self, other: Filled) -> bool:
+        return self.has_rows_of(other) and self.num_block_changes == other.num_block_changes
+
+
+def fill_decode(
+    views: HostArrays,
+    batch: DecodeBatch,
+    table: SequenceTable,
+    *,
+    has_rows: bool = False,
+    has_blocks: bool = False,
+) -> None:
     """Writes rows 0..n of `views`, in all that is read, for the n sequences of `batch`. Gathers
-    only: no Python per row."""
+    only: no Python per row. has_rows, has_blocks: what is there already, see Filled."""
     rows, context_lens = batch.rows, batch.context_lens
     n = len(rows)
     positions = context_lens - 1
     columns = positions // table.block_size
     blocks = table.block_tables[rows, columns]
-    views["seq_indices"][:n] = rows
     views["positions"][:n] = positions
     # Position within the block: what the columns before this one leave of it.
     slots = np.multiply(blocks - columns, table.block_size, dtype=np.int64)
     np.add(slots, positions, out=views["slot_mapping"][:n])
     views["context_lens"][:n] = context_lens
-    np.take(table.block_tables, rows, axis=0, out=views["block_tables"][:n], mode="clip")
-    _fill_sampling(views, rows, context_lens, table)
+    if not has_blocks:
+        np.take(table.block_tables, rows, axis=0, out=views["block_tables"][:n], mode="clip")
+    if not has_rows:
+        views["seq_indices"][:n] = rows
+        _fill_sampling(views, rows, table)
+    if table.suppresses_stops:
+        _fill_suppressed(views, rows, context_lens, table)
 
 
-def _fill_sampling(
+def _fill_sampling(views: HostArrays, rows: Rows, table: SequenceTable) -> None:
+    """What a sequence has all its life. Nobody suppresses stop ids yet."""
+    n = len(rows)
+    for name in ("temperature", "top_k", "top_p", "min_p", "seeds"):
+        getattr(table, name).take(rows, out=views[name][:n], mode="clip")
+    views["suppress_stops"][:n] = 0  # so nobody reads the stop ids
+
+
+def _fill_suppressed(
     views: HostArrays, rows: Rows, num_before: npt.NDArray[np.int32], table: SequenceTable
 ) -> None:
     """num_before: int32 [n], tokens each sequence has before the one this step samples."""
     n = len(rows)
-    for name in ("temperature", "top_k", "top_p", "min_p", "seeds"):
-        getattr(table, name).take(rows, out=views[name][:n], mode="clip")
-    if not table.suppresses_stops:
-        views["suppress_stops"][:n] = 0  # so nobody reads the stop ids
-        return
     np.take(table.stop_ids, rows, axis=0, out=views["stop_ids"][:n], mode="clip")
     views["suppress_stops"][:n] = table.has_stop_ids[rows] & (num_before < table.min_total[rows])
 
@@ -158,7 +189,9 @@ def fill_prefill(
         sequences[name][0] = 0
         sequences[name][1:] = np.cumsum(counts)
     np.take(table.block_tables, batch.rows, axis=0, out=sequences["block_tables"][:n])
-    _fill_sampling(sequences, batch.rows, batch.ends.astype(np.int32), table)
+    _fill_sampling(sequences, batch.rows, table)
+    if table.suppresses_stops:
+        _fill_suppressed(sequences, batch.rows, batch.ends.astype(np.int32), table)
 
 
 def prefill_metadata(

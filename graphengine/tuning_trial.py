@@ -58,15 +58,32 @@ def products_to_tune(
     ]
 
 
+_Named = list[tuple[Product, Mapping[str, Way]]]
+
+
+def _by_rows(products: Mapping[Product, Mapping[str, Way]]) -> list[_Named]:
+    """Each lot has a trial of its own, whose memory is free before the next one's."""
+    lots: dict[int, _Named] = {}
+    for product, ways in products.items():
+        lots.setdefault(product.num_rows, []).append((product, ways))
+    return list(lots.values())
+
+
 def try_all(
     model: DecoderModel, kernels: TunedKernels, products: Mapping[Product, Mapping[str, Way]]
 ) -> None:
-    """Launches each product in each of its ways once: in a rehearsal, to have them compiled. One
-    that fails is left to `tune`."""
-    for product, ways in products.items():
-        for name, way in ways.items():
-            with _way(kernels, product, way), _forgiven(product, name), expendable():
-                run_product(model, kernels, product)
+    """Runs the steps that `tune` will, each way of each product once: in a rehearsal, to have all
+    compiled that they launch. A way that fails is left to `tune`."""
+
+    def try_some(some: _Named) -> None:
+        trial = _Trial(model, kernels, some[0][0].num_rows)
+        for product, ways in some:
+            for name, way in ways.items():
+                with _way(kernels, product, way), _forgiven(product, name), expendable():
+                    trial.step()
+
+    for some in _by_rows(products):
+        try_some(some)
 
 
 def tune(
@@ -82,17 +99,17 @@ def tune(
     Whole layers are timed, one product's way changed at a time, since what a way costs shows in the
     kernels beside it too: in partial sums that they add up, or in starting before it has ended."""
     found: dict[Product, str] = {}
-    is_cuda = streams.device.type == "cuda"
-    trial: _Trial | None = None
-    try:
-        for product, ways in products.items():
-            if trial is None or trial.num_rows != product.num_rows:
-                trial = None  # its memory first
-                trial = _Trial(model, kernels, product.num_rows)
-                if is_cuda:
-                    # Its buffers were filled on another stream.
-                    torch.cuda.synchronize(streams.device)
+
+    def tune_some(some: _Named) -> None:
+        trial = _Trial(model, kernels, some[0][0].num_rows)
+        if streams.device.type == "cuda":
+            torch.cuda.synchronize(streams.device)  # its buffers were filled on another stream
+        for product, ways in some:
             found[product] = _fastest(trial, product, ways, streams)
+
+    try:
+        for some in _by_rows(products):
+            tune_some(some)
     except torch.OutOfMemoryError:
         _log.warning("no memory is left to measure more products: the others run by their rules")
     return found
@@ -137,11 +154,14 @@ class _Trial:
         num_blocks = max(1, min(num_rows * per_row, most))
         device = weight.device
         self._k_cache, self._v_cache = (_noise(num_blocks, *shape, like=weight) for _ in "kv")
-        tables = torch.arange(num_rows * per_row, dtype=torch.int32, device=device) % num_blocks
-        tables = tables.view(num_rows, per_row)
+        held = torch.arange(num_rows * per_row, dtype=torch.int32, device=device) % num_blocks
+        # As wide as a step's, which kernels are compiled for.
+        width = math.ceil(max_len / block_size)
+        tables = torch.zeros((num_rows, width), dtype=torch.int32, device=device)
+        tables[:, :per_row] = held.view(num_rows, per_row)
         last = context - 1
         self._metadata = DecodeMetadata(
-            tables[:, -1].long() * block_size + last % block_size,
+            tables[:, per_row - 1].long() * block_size + last % block_size,
             tables,
             torch.full((num_rows,), context, dtype=torch.int32, device=device),
         )

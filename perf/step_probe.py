@@ -81,7 +81,7 @@ class StepProbe:
                 table.num_computed[lines] = context_len
                 table.num_launched[lines] = context_len + 1
                 context_lens = table.num_computed[lines]
-                batch = DecodeBatch(lines, table.epochs[lines], context_lens)
+                batch = DecodeBatch(lines, table.epochs[lines], 0, context_lens)
                 launched = self._runner.launch(batch, table)
                 if before is not None:
                     before.wait()

@@ -22,7 +22,13 @@ from captures import Banks, StepPipeline
 from graphengine import Request
 from graphengine.scheduler import Scheduler
 from graphengine.sequence_table import SequenceTable
-from graphengine.step_inputs import _fill_sampling, decode_fields, fill_decode, fill_prefill
+from graphengine.step_inputs import (
+    Filled,
+    _fill_suppressed,
+    decode_fields,
+    fill_decode,
+    fill_prefill,
+)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +108,18 @@ MUTATIONS = {
         'np.take(table.block_tables, rows, axis=0, out=views["block_tables"][:n], mode="clip")',
         "pass",
     ),
+    "a bank keeps block tables though a block was given": Mutation(
+        Filled,
+        Filled.has_blocks_of,
+        "self.num_block_changes == other.num_block_changes",
+        "True",
+    ),
+    "a bank keeps what its last rows had": Mutation(
+        Filled, Filled.has_rows_of, "self.rows is other.rows", "len(self.rows) == len(other.rows)"
+    ),
+    "a late result is not looked at": Mutation(
+        Scheduler, Scheduler.commit, "batch.num_released != table.num_released", "False"
+    ),
     "the step does not wait for its copy-in": Mutation(
         Banks,
         Banks.launch,
@@ -123,7 +141,7 @@ MUTATIONS = {
     ),
     "min_tokens is one token off": Mutation(
         graphengine.step_inputs,
-        _fill_sampling,
+        _fill_suppressed,
         "num_before < table.min_total[rows]",
         "num_before + 1 < table.min_total[rows]",
     ),
