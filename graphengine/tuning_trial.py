@@ -73,7 +73,7 @@ def try_all(
     model: DecoderModel, kernels: TunedKernels, products: Mapping[Product, Mapping[str, Way]]
 ) -> None:
     """Runs the steps that `tune` will, each way of each product once: in a rehearsal, to have all
-    compiled that they launch. A way that fails is left to `tune`."""
+    compiled that they launch. What fails, or finds no memory, is left to `tune`."""
 
     def try_some(some: _Named) -> None:
         trial = _Trial(model, kernels, some[0][0].num_rows)
@@ -82,8 +82,9 @@ def try_all(
                 with _way(kernels, product, way), _forgiven(product, name), expendable():
                     trial.step()
 
-    for some in _by_rows(products):
-        try_some(some)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        for some in _by_rows(products):
+            try_some(some)
 
 
 def tune(

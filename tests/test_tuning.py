@@ -263,6 +263,7 @@ def test_memory_that_runs_out_leaves_the_rest_to_the_rules(
         products = products_to_tune(model.config, BucketLadder([2, 4]), num_chained=0)
         named: dict[Product, Mapping[str, Way]] = {key: {"rule": None} for key in products}
         found = tune(model, kernels, named, CpuStreams())  # type: ignore[arg-type]
+        try_all(model, kernels, named)  # type: ignore[arg-type]
     assert {product.num_rows for product in found} == {2}
 
 
