@@ -24,7 +24,7 @@ import graphengine.model_runner
 from captures import BucketLadder, Called, make_streams
 from graphengine import LLM
 from graphengine.kernels import kernels_for
-from graphengine.kernels.ahead import compiled_ahead, is_rehearsal, launch
+from graphengine.kernels.ahead import compiled_ahead, expendable, is_rehearsal, launch
 from graphengine.layers import DecoderLayer
 from graphengine.model import DecoderModel, layers_to_try
 from graphengine.model_runner import ModelRunner
@@ -318,6 +318,29 @@ def test_error_of_a_compiler_is_raised_when_it_is_left() -> None:
     ):
         is_inside = True
     assert is_inside
+
+
+@pytest.mark.usefixtures("devices")
+def test_expendable_kernel_may_fail_to_compile() -> None:
+    """Whoever launches it sees."""
+
+    def fails() -> Compiled:
+        raise SyntaxError("no such kernel")
+
+    failing, needed = Kernel(fails), Kernel()
+
+    def steps() -> None:
+        with expendable():
+            failing.launch()
+        needed.launch()
+
+    with compiled_ahead(CPU, steps):
+        pass
+    with expendable():  # of no rehearsal
+        needed.launch()
+    assert needed.num_launches == 1
+    with pytest.raises(SyntaxError):
+        failing.launch()
 
 
 @pytest.mark.usefixtures("devices")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,32 @@ def test_stream_that_is_left_early_is_accounted_for(num_taken: int, tmp_path: Pa
         assert stats.num_decode_steps >= stats.output_tokens // 2 - 1 > 0
     names = [event["name"] for event in json.loads(file.read_text())["traceEvents"]]
     assert names.count("decode") >= 2 * stats.num_decode_steps
+
+
+def test_stats_of_an_engine_that_waits_for_requests_are_those_of_all_it_has_done() -> None:
+    more = threading.Event()
+
+    def requests() -> Iterator[str]:
+        yield from (prompt(a, b) for a, b in heldout_pairs()[:2])
+        assert more.wait(60)
+
+    finished: list[object] = []
+    with LLM("demo", max_num_seqs=4) as llm:
+        stream = llm.stream(requests(), GREEDY)
+        thread = threading.Thread(target=lambda: finished.extend(stream))
+        thread.start()
+        try:
+            ends_s = time.monotonic() + 60
+            while len(finished) < 2 and time.monotonic() < ends_s:
+                time.sleep(0.01)
+            time.sleep(0.2)  # it waits for the next request
+            stats = llm.stats()
+        finally:
+            more.set()
+            thread.join()
+    assert stats.num_prefill_steps == 1
+    # The last step's end may be read with the next launch.
+    assert stats.num_decode_steps >= stats.output_tokens // 2 - 2 > 0
 
 
 def test_laps_reach_back_as_far_as_spans_are_read_late() -> None:
