@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION = ("auto", "flash", "flash4", "reference")
 TUNING = ("auto", "off")
+# No folder's names.
+_SLIPS = ("", "on", "none", "false", "true", "no", "yes", *TUNING)
 LOAD_FORMATS = ("auto", "dummy")
 
 # Stop ids (EOS included) a request may have: the width of a per-sequence table.
@@ -117,11 +120,17 @@ class EngineConfig:
 def _check_tuning(value: object) -> None:
     if isinstance(value, str) and value in TUNING:
         return
-    # A slip is no folder's name.
-    if not isinstance(value, str) or value.lower() in ("", "on", "none", *TUNING):
+    if not isinstance(value, str) or value.strip().lower() in _SLIPS:
         raise ConfigError(f"tuning is {value!r}; give auto, off or a folder, as a string")
-    path = Path(value).expanduser()
-    if path.exists() and not path.is_dir():
+    try:
+        is_file = not stat.S_ISDIR(Path(value).expanduser().stat().st_mode)
+    except FileNotFoundError:
+        return
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"tuning is {value!r}, which is no folder ({error}); give auto, off or a folder"
+        ) from error
+    if is_file:
         raise ConfigError(f"tuning is {value!r}, which is a file; give auto, off or a folder")
 
 

@@ -56,7 +56,8 @@ def locked(path: Path) -> Iterator[None]:
     lock can be had, each is on its own."""
     lock = filelock.FileLock(f"{path}.lock", timeout=_LOCK_TIMEOUT_S)
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # a Timeout is one
+        # A Timeout is an OSError; some file systems have no locks.
+        with contextlib.suppress(OSError, NotImplementedError):
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock)
         yield
@@ -93,20 +94,26 @@ class Choices:
     def complete(self, find: Find) -> None:
         """Has what is missing found, and keeps all. Waits for another process that does the same,
         and takes what that has found. What `find` leaves out has no way here."""
-        if self.missing:
-            with contextlib.ExitStack() as stack:
-                for path in self._files:
-                    stack.enter_context(locked(path))
-                self._read()
-                if self.missing:
-                    found = find(self.missing)
-                    self._keep(self._cache, found)
-                    # Of two that did not see each other's lock, one has been the first.
-                    self._read()
-                    self._take({p: name for p, name in found.items() if p in self.missing})
-                self._keep(self._own, self._names)
-        else:
+        if not self.missing and self._is_own():
+            return
+        with contextlib.ExitStack() as stack:
+            for path in self._files:
+                stack.enter_context(locked(path))
+            self._read_again()
+            if self.missing:
+                found = find(self.missing)
+                self._keep(self._cache, found)
+                # Of two that did not see each other's lock, one has been the first.
+                self._read_again()
+                self._take({p: name for p, name in found.items() if p in self.missing})
             self._keep(self._own, self._names)
+
+    def _is_own(self) -> bool:
+        """Whether the user's own file says what is chosen, if there is one."""
+        if self._own is None:
+            return True
+        known = read(self._own)
+        return all(known.get(str(p)) == name for p, name in self._names.items())
 
     @property
     def _files(self) -> list[Path]:
@@ -116,6 +123,12 @@ class Choices:
         for product, name in names.items():
             self._names[product] = name
             self.chosen[product] = self._ways[product][name]
+
+    def _read_again(self) -> None:
+        """A file that has changed meanwhile decides too."""
+        self._names.clear()
+        self.chosen.clear()
+        self._read()
 
     def _read(self) -> None:
         for path in self._files:

@@ -79,7 +79,8 @@ def try_all(
         trial = _Trial(model, kernels, some[0][0].num_rows)
         for product, ways in some:
             for name, way in ways.items():
-                with _way(kernels, product, way), _forgiven(product, name), expendable():
+                forgiven = _forgiven(product, name, logging.DEBUG)
+                with _way(kernels, product, way), forgiven, expendable():
                     trial.step()
 
     with contextlib.suppress(torch.OutOfMemoryError):
@@ -126,7 +127,7 @@ def _way(kernels: TunedKernels, product: Product, way: Way) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _forgiven(product: Product, name: str) -> Iterator[None]:
+def _forgiven(product: Product, name: str, level: int = logging.WARNING) -> Iterator[None]:
     """Its failure is told, and ends nothing else. Not so where memory runs out."""
     try:
         yield
@@ -134,7 +135,7 @@ def _forgiven(product: Product, name: str) -> Iterator[None]:
         raise
     except Exception as error:
         text = " ".join(str(error).split())[:200]
-        _log.warning("%s of %s fails here (%s), so it is left out", name, product, text)
+        _log.log(level, "%s of %s fails here (%s), so it is left out", name, product, text)
 
 
 class _Trial:

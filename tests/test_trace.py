@@ -17,6 +17,7 @@ from graphengine.demo.sums import heldout_pairs, prompt
 from graphengine.engine import _SPANS_AT_ONCE
 from graphengine.errors import ConfigError
 from graphengine.metrics import _RECENT_LAPS, IdleAccount, Lap, Laps
+from graphengine.trace import TraceFile
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 
@@ -126,6 +127,21 @@ def test_stream_that_is_left_early_is_accounted_for(num_taken: int, tmp_path: Pa
         assert stats.num_decode_steps >= stats.output_tokens // 2 - 1 > 0
     names = [event["name"] for event in json.loads(file.read_text())["traceEvents"]]
     assert names.count("decode") >= 2 * stats.num_decode_steps
+
+
+def test_trace_that_ends_early_leaves_the_engine_usable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: TraceFile, span: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    requests = [prompt(a, b) for a, b in heldout_pairs()[:6]]
+    with LLM("demo", max_num_seqs=4, trace=str(tmp_path / "trace.json")) as llm:
+        with monkeypatch.context() as patch:
+            patch.setattr(TraceFile, "add_span", full)
+            with pytest.raises(OSError, match="No space left"):
+                llm.generate(requests, GREEDY)
+        assert len(llm.generate(requests, GREEDY)) == 6
 
 
 def test_stats_of_an_engine_that_waits_for_requests_are_those_of_all_it_has_done() -> None:

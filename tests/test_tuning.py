@@ -366,6 +366,38 @@ def test_what_another_has_written_meanwhile_goes_before_what_was_found(tmp_path:
     assert read(own) == {str(A): "slow", str(B): "fast"}
 
 
+def test_own_file_that_came_meanwhile_goes_before_the_cache(tmp_path: Path) -> None:
+    """Another machine, whose cache says otherwise, began with the same folder."""
+    own = tmp_path / "own.json"
+    for name in ("fast", "slow"):
+        write(tmp_path / f"{name}.json", {}, {str(A): name, str(B): name})
+    one, other = (choices_of(own, tmp_path / f"{name}.json") for name in ("fast", "slow"))
+    for choices in (one, other):
+        choices.complete(never)
+        assert choices.chosen == {A: FAST, B: FAST}
+    assert read(own) == {str(A): "fast", str(B): "fast"}
+
+
+def test_two_that_complete_one_file_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, lock = tmp_path / "own.json", filelock.FileLock(tmp_path / "own.json.lock")
+    write(tmp_path / "cache.json", {}, {str(A): "fast", str(B): "fast"})
+    held: list[bool] = []
+    write_ = graphengine.tuning_file.write
+
+    def watched(path: Path, *arguments: Any) -> None:
+        with pytest.raises(filelock.Timeout):
+            lock.acquire(timeout=0)
+        held.append(True)
+        write_(path, *arguments)
+
+    monkeypatch.setattr(graphengine.tuning_file, "write", watched)
+    choices_of(own, tmp_path / "cache.json").complete(never)
+    assert held == [True]
+    assert read(own) == {str(A): "fast", str(B): "fast"}
+
+
 def test_what_is_not_found_has_no_way_and_is_asked_for_again(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     choices = choices_of(cache=path)
@@ -461,6 +493,13 @@ def test_lock_that_cannot_be_had_is_none(tmp_path: Path, monkeypatch: pytest.Mon
     with filelock.FileLock(tmp_path / "b.json.lock"), locked(tmp_path / "b.json"):
         pass
 
+    def none(self: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(filelock.FileLock, "__enter__", none)
+    with locked(tmp_path / "c.json"):
+        pass
+
 
 def test_files_of_two_cards_are_two(tmp_path: Path) -> None:
     assert file_in(tmp_path, {"a": 1, "b": 2}) == file_in(tmp_path, {"b": 2, "a": 1})
@@ -470,10 +509,16 @@ def test_files_of_two_cards_are_two(tmp_path: Path) -> None:
 # --- options
 
 
-@pytest.mark.parametrize("value", ["", 3, None, "Off", "AUTO", "none", "on"])
+@pytest.mark.parametrize("value", ["", 3, None, "Off", "AUTO ", "none", "on", "true"])
 def test_senseless_tuning_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"tuning is .*; give auto, off or a folder"):
         LLM("demo", tuning=value)
+
+
+@pytest.mark.parametrize("value", ["~nosuchuser/x", "x" * 300, "a\0b", f"{__file__}/x"])
+def test_tuning_that_can_be_no_folder_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"which is no folder .*; give auto, off or a folder"):
+        EngineConfig("demo", tuning=value)
 
 
 @pytest.mark.parametrize("command", ["generate", "run"])
