@@ -48,7 +48,8 @@ class StepProbe:
         spans = steps()
         ends_s = [span.end_s for span in spans]
         times_s = {
-            "device_ms": [span.end_s - span.start_s for span in spans],
+            # Of the same steps, so that noise cannot make one look longer than it took.
+            "device_ms": [span.end_s - span.start_s for span in spans[1:]],
             "step_ms": [end - before for before, end in itertools.pairwise(ends_s)],
         }
         point = f"[{rows} x {context}]"
