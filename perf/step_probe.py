@@ -39,9 +39,8 @@ class StepProbe:
     def measure(self, rows: int, context: int) -> Values:
         """Medians over GRID_STEPS steps at `context` on average, after as many that warmed up.
 
-        device_ms: of a step, on the device's clock, its copies within the device included. step_ms:
-        from the end of a step to the end of the next. gpu_busy: of the time from the first step's
-        start to the last one's end."""
+        device_ms: of a step, on the device's clock. step_ms: from the end of a step to the end of
+        the next. gpu_busy: of the time from the first step's start to the last one's end."""
         steps = self.steps(rows, context)
         steps()
         self._llm._clock.reset()
