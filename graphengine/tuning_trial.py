@@ -142,7 +142,7 @@ class _Trial:
     """Decode steps of num_rows rows through a few layers, on buffers of its own."""
 
     def __init__(self, model: DecoderModel, kernels: TunedKernels, num_rows: int) -> None:
-        self.model, self.kernels, self.num_rows = model, kernels, num_rows
+        self.model, self.kernels = model, kernels
         config, weight = model.config, model.embed_tokens
         layers: list[DecoderLayer] = list(model.layers)  # type: ignore[arg-type]
         layer_bytes = sum(parameter.nbytes for parameter in layers[0].parameters())
@@ -241,6 +241,8 @@ def _weight(model: DecoderModel, product: Product) -> tuple[Tensor, Tensor | Non
 
 def _fastest(trial: _Trial, product: Product, ways: Mapping[str, Way], streams: Streams) -> str:
     kernels, rule = trial.kernels, next(iter(ways))
+    if len(ways) == 1:
+        return rule
     graphs: dict[str, Replayable] = {}
     # Of its own: a pool is gone with the last graph in it.
     pool = torch.cuda.graph_pool_handle() if streams.device.type == "cuda" else None

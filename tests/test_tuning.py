@@ -235,6 +235,17 @@ def test_every_way_is_rehearsed_once(tmp_path: Path) -> None:
     assert kernels.ways == {}
 
 
+def test_product_of_one_way_is_not_timed(tmp_path: Path) -> None:
+    kernels = Table({})
+    with small_llm(tmp_path) as llm:
+        model = tried(llm, kernels)
+        products = products_to_tune(model.config, BucketLadder([2]), num_chained=0)
+        named: dict[Product, Mapping[str, Way]] = {key: {"only": None} for key in products}
+        found = tune(model, kernels, named, CpuStreams())  # type: ignore[arg-type]
+    assert found == dict.fromkeys(products, "only")
+    assert kernels.calls == []
+
+
 def test_rule_that_fails_ends_the_start(tmp_path: Path) -> None:
     kernels = Table({})
     with small_llm(tmp_path) as llm:

@@ -1,8 +1,8 @@
 """In which ways can a product of a decode step run? The rule's, and others that may be faster.
 
-The rules of `tiles` were found with two models on one kind of card. On an H200 other models' layers
-of 48 to 64 rows took up to a sixth less time by the best of these ways (perf/LOG.md), so `tuning`
-measures those that a model's products have.
+The rules of `tiles` were found with two models on one kind of card. On an H200 another way of one
+product alone took up to a tenth off other models' layers of 48 to 64 rows (perf/LOG.md), so
+`tuning` measures those that a model's products have.
 
 Letters: N rows, F output features, C input features, I intermediate.
 """
