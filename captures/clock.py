@@ -98,7 +98,7 @@ class StepClock:
             return []
         spans = []
         for stream, pending in self._pending.items():
-            while pending and pending[0].has_ended and pending[0].end.query():
+            for _ in range(_num_passed(pending)):
                 spans.append(self._read(pending.popleft(), stream))
         return spans
 
@@ -132,3 +132,13 @@ class StepClock:
             self._spare.append(last)
         self._last[stream] = (entry, end_s)
         return DeviceSpan(entry.label, stream, start_s, end_s)
+
+
+def _num_passed(pending: deque[_Entry]) -> int:
+    """How many have ended on the device. Those of one stream end in order, and mostly all but one
+    or two have: the last that has tells all, and asking takes time."""
+    for num in range(len(pending), 0, -1):
+        entry = pending[num - 1]
+        if entry.has_ended and entry.end.query():
+            return num
+    return 0

@@ -29,8 +29,8 @@ from graphengine.kv_cache import KVCache
 from graphengine.model import DecoderModel
 from graphengine.prefill_graphs import PrefillGraphs, prefill_ladder
 from graphengine.sampler import sample
-from graphengine.scheduler import DecodeBatch, PrefillBatch, Rows
-from graphengine.sequence_table import SequenceTable
+from graphengine.scheduler import DecodeBatch, PrefillBatch
+from graphengine.sequence_table import Rows, SequenceTable
 from graphengine.step_inputs import (
     OUTPUT_FIELDS,
     TOKEN_IDS,
@@ -224,16 +224,8 @@ class ModelRunner:
 
     def _launch_decode(self, batch: DecodeBatch, table: SequenceTable) -> Launched:
         step = self._runner.open(len(batch.rows))
-        fill = Filled(batch.rows, table.num_block_changes)
-        before = self._filled.get(step.bank.index)
-        fill_decode(
-            step.inputs,
-            batch,
-            table,
-            has_rows=before is not None and before.has_rows_of(fill),
-            has_blocks=before is not None and before.has_blocks_of(fill),
-        )
-        self._filled[step.bank.index] = fill
+        filled = self._filled.get(step.bank.index)
+        self._filled[step.bank.index] = fill_decode(step.inputs, batch, table, filled)
         self._runner.launch(step)
         return Launched(batch, lambda: cast(TokenIds, self._runner.wait(step)[TOKEN_IDS]))
 

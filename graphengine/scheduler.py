@@ -15,9 +15,8 @@ import numpy.typing as npt
 
 from graphengine.block_manager import BlockManager
 from graphengine.request import FinishReason, Sequence
-from graphengine.sequence_table import SequenceTable
-
-Rows = npt.NDArray[np.int64]
+from graphengine.sequence_table import Rows, SequenceTable
+from graphengine.stretches import StepStretch, TokenStretch
 
 # Free blocks an admission must leave, as a share of the running sequences: each of them needs one
 # more block every block_size steps, and the sequence admitted last is the first to be preempted.
@@ -61,6 +60,9 @@ class Scheduler:
         # and a long one that starts last is waited for alone. All that are in steps grow alike, so
         # a step's rows stay in order.
         self._running: Rows = np.empty(0, np.int64)
+        # Steps and tokens that are not in the table yet.
+        self._steps: StepStretch | None = None
+        self._tokens: TokenStretch | None = None
         self._prefilling: deque[int] = deque()  # prompt begun, more chunks to come
         self._preempted: list[tuple[int, int]] = []  # (arrival, seq_idx)
         self._num_arrivals = 0
@@ -105,6 +107,9 @@ class Scheduler:
         else. Steps must be committed in the order they were scheduled.
         """
         table = self._table
+        if self._is_kept(batch, token_ids):
+            return batch.rows, []
+        self._write_tokens()
         rows, ids = batch.rows, token_ids
         if isinstance(batch, PrefillBatch) or batch.num_released != table.num_released:
             live = table.epochs[batch.rows] == batch.epochs
@@ -142,6 +147,8 @@ class Scheduler:
     ) -> Sequence:
         """Ends a sequence that holds line `idx` and frees its blocks and line."""
         table = self._table
+        self._write_steps()
+        self._write_tokens()
         sequence = table.sequences[idx]
         assert sequence is not None
         sequence.output_token_ids = table.output_token_ids(idx)
@@ -153,6 +160,29 @@ class Scheduler:
             self._preempted = [entry for entry in self._preempted if entry[1] != idx]
         table.release(idx)
         return sequence
+
+    def _is_kept(self, batch: PrefillBatch | DecodeBatch, token_ids: npt.NDArray[np.int64]) -> bool:
+        """Whether a step's tokens are kept for later: nobody ends by them, and nobody asks for them
+        before."""
+        table = self._table
+        if isinstance(batch, PrefillBatch) or batch.num_released != table.num_released:
+            return False
+        if table.any_stop_strings:
+            return False
+        if self._tokens is None or self._tokens.rows is not batch.rows:
+            self._write_tokens()
+            self._tokens = TokenStretch(table, batch.rows)
+        return self._tokens.takes(token_ids)
+
+    def _write_steps(self) -> None:
+        if self._steps is not None:
+            self._steps.write()
+            self._steps = None
+
+    def _write_tokens(self) -> None:
+        if self._tokens is not None:
+            self._tokens.write()
+            self._tokens = None
 
     # --- prefill
 
@@ -192,6 +222,7 @@ class Scheduler:
         if not entries:
             return None
         self._idle_rows = 0
+        self._write_steps()
         rows, starts, ends, samples = (np.array(column) for column in zip(*entries, strict=True))
         started = np.concatenate([self._running, rows[samples]])
         order = np.lexsort((table.arrivals[started], -table.num_computed[started]))
@@ -203,6 +234,7 @@ class Scheduler:
         table, blocks = self._table, self._blocks
         if self._preempted:
             _, idx = self._preempted[0]
+            self._write_tokens()
             # Its tokens in flight are not known to the host yet, so they cannot be prefilled.
             if table.num_launched[idx] != table.num_tokens[idx]:
                 return False
@@ -228,35 +260,37 @@ class Scheduler:
     # --- decode
 
     def _schedule_decode(self) -> DecodeBatch | None:
-        table = self._table
-        rows = self._running
-        # A sequence whose last token is in flight needs no row: length stops never overshoot.
-        launched = table.num_launched[rows]
-        goes_on = launched < table.max_total[rows]
-        if np.count_nonzero(goes_on) < len(rows):
-            rows, launched = rows[goes_on], launched[goes_on]
-        computed = table.num_computed[rows]
-        is_full = computed == table.num_blocks[rows] * table.block_size
-        if np.count_nonzero(is_full):
-            preempted = self._give_blocks_to(rows[is_full], rows)
-            if preempted:
-                kept = ~np.isin(rows, list(preempted))
-                rows, launched, computed = rows[kept], launched[kept], computed[kept]
-        if len(rows) == 0:
+        if self._steps is None or self._steps.is_over:
+            self._begin_steps()
+        steps = self._steps
+        full = None if steps is None else steps.full_rows()
+        if steps is not None and full is not None:
+            if len(full) <= self._blocks.num_free:
+                steps.give_blocks(self._blocks.allocate(len(full)))
+            else:
+                self._write_steps()
+                self._preempt_for(full, steps.rows)
+                self._begin_steps()
+        if self._steps is None:
             return None
-        context_lens = computed + 1
-        table.num_computed[rows] = context_lens
-        table.num_launched[rows] = launched + 1
-        return DecodeBatch(rows, table.epochs[rows], table.num_released, context_lens)
+        steps = self._steps
+        return DecodeBatch(steps.rows, steps.epochs, steps.num_released, steps.step())
 
-    def _give_blocks_to(self, full: Rows, rows: Rows) -> set[int]:
-        """One more block for each of `full`, some of `rows`. Gives those preempted for it."""
+    def _begin_steps(self) -> None:
+        """A new stretch, of all that run and have a token to launch, if there are any."""
+        self._write_steps()
+        table, rows = self._table, self._running
+        # A sequence whose last token is in flight needs no row: length stops never overshoot.
+        goes_on = table.num_launched[rows] < table.max_total[rows]
+        num_rows = np.count_nonzero(goes_on)
+        if num_rows:
+            self._steps = StepStretch(table, rows if num_rows == len(rows) else rows[goes_on])
+
+    def _preempt_for(self, full: Rows, rows: Rows) -> None:
+        """One more block for each of `full`, some of `rows`, or for those of them that are left:
+        the one that arrived last gives up its own."""
         table, blocks = self._table, self._blocks
         preempted: set[int] = set()
-        if len(full) <= blocks.num_free:
-            table.give_block_each(full, blocks.allocate(len(full)))
-            return preempted
-        # The one that arrived last gives up its own.
         candidates = rows[np.argsort(table.arrivals[rows])].tolist()
         for idx in full.tolist():
             while idx not in preempted and blocks.num_free == 0:
@@ -265,7 +299,6 @@ class Scheduler:
                 preempted.add(victim)
             if idx not in preempted:
                 table.give_blocks(idx, blocks.allocate(1))
-        return preempted
 
     def _preempt(self, idx: int) -> None:
         """Frees a sequence's blocks; it is prefilled again, output included, when there is room."""

@@ -13,6 +13,8 @@ from graphengine.block_manager import NULL_BLOCK
 from graphengine.config import MAX_STOP_IDS
 from graphengine.request import Sequence
 
+Rows = npt.NDArray[np.int64]  # seq_idx
+
 
 class SequenceTable:
     """A line belongs to one sequence from `acquire` to `release`. `epochs` counts its owners, so a
@@ -55,9 +57,7 @@ class SequenceTable:
         self.has_stop_strings = np.zeros(lines, np.bool_)
         self.any_stop_strings = False  # of any sequence so far
         self.sequences: list[Sequence | None] = [None] * lines
-        # How often a line lost its owner, and any line's blocks changed.
-        self.num_released = 0
-        self.num_block_changes = 0
+        self.num_released = 0  # how often a line lost its owner
         self._free = list(range(max_num_seqs - 1, -1, -1))
 
     @property
@@ -99,21 +99,18 @@ class SequenceTable:
 
     def give_blocks(self, idx: int, blocks: list[int]) -> None:
         held = int(self.num_blocks[idx])
-        self.num_block_changes += 1
         self.block_tables[idx, held : held + len(blocks)] = blocks
         self.num_blocks[idx] = held + len(blocks)
 
-    def give_block_each(self, rows: npt.NDArray[np.int64], blocks: list[int]) -> None:
+    def give_block_each(self, rows: Rows, blocks: list[int]) -> None:
         """One more block for each of `rows`, in their order."""
         held = self.num_blocks[rows]
-        self.num_block_changes += 1
         self.block_tables[rows, held] = blocks
         self.num_blocks[rows] = held + 1
 
     def take_blocks(self, idx: int) -> list[int]:
         """All blocks of the line; its table is null again, so no stale column can be read."""
         held = int(self.num_blocks[idx])
-        self.num_block_changes += 1
         blocks: list[int] = self.block_tables[idx, :held].tolist()
         self.block_tables[idx, :held] = NULL_BLOCK
         self.num_blocks[idx] = 0

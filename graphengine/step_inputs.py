@@ -18,8 +18,8 @@ from graphengine.attention.base import DecodeMetadata, PrefillMetadata
 from graphengine.block_manager import NULL_BLOCK
 from graphengine.config import MAX_STOP_IDS
 from graphengine.sampler import SamplingTensors
-from graphengine.scheduler import DecodeBatch, PrefillBatch, Rows
-from graphengine.sequence_table import SequenceTable
+from graphengine.scheduler import DecodeBatch, PrefillBatch
+from graphengine.sequence_table import Rows, SequenceTable
 
 TOKEN_IDS = "token_ids"
 OUTPUT_FIELDS = (Field(TOKEN_IDS, torch.int64),)
@@ -60,30 +60,52 @@ def decode_fields(table: SequenceTable) -> tuple[Field, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """What a bank's memory holds: which rows, and how far their table was."""
+    """What a bank's memory holds: which rows, the length of the first, and for how many steps more
+    no row comes to another block. Until then none is given one, so their block tables stay."""
 
     rows: Rows
-    num_block_changes: int
+    first_len: int
+    num_steps_left: int
 
-    def has_rows_of(self, other: Filled) -> bool:
+    def has_rows_of(self, batch: DecodeBatch) -> bool:
         """Whether what belongs to a sequence all its life is there. The scheduler makes a new array
         wherever its rows, or whose they are, change."""
-        return self.rows is other.rows
+        return self.rows is batch.rows
 
-    def has_blocks_of(self, other: Filled) -> bool:
-        return self.has_rows_of(other) and self.num_block_changes == other.num_block_changes
+    def num_steps_to(self, batch: DecodeBatch) -> int | None:
+        """How many steps the rows have gone on since, if all else is there."""
+        if not self.has_rows_of(batch):
+            return None
+        num_steps = int(batch.context_lens[0]) - self.first_len
+        return num_steps if 0 <= num_steps <= self.num_steps_left else None
 
 
 def fill_decode(
-    views: HostArrays,
-    batch: DecodeBatch,
-    table: SequenceTable,
-    *,
-    has_rows: bool = False,
-    has_blocks: bool = False,
-) -> None:
-    """Writes rows 0..n of `views`, in all that is read, for the n sequences of `batch`. Gathers
-    only: no Python per row. has_rows, has_blocks: what is there already, see Filled."""
+    views: HostArrays, batch: DecodeBatch, table: SequenceTable, filled: Filled | None = None
+) -> Filled:
+    """Writes rows 0..n of `views`, in all that is read, for the n sequences of `batch`. No Python
+    per row. filled: what an earlier fill of these views gave, if it is all still there."""
+    rows, context_lens = batch.rows, batch.context_lens
+    n = len(rows)
+    num_steps = None if filled is None else filled.num_steps_to(batch)
+    if num_steps is None:
+        num_steps_left = _fill_places(views, batch, table)
+        if filled is None or not filled.has_rows_of(batch):
+            views["seq_indices"][:n] = rows
+            _fill_sampling(views, rows, table)
+    else:
+        assert filled is not None
+        num_steps_left = filled.num_steps_left - num_steps
+        for name in ("positions", "slot_mapping", "context_lens"):
+            view = views[name][:n]
+            np.add(view, num_steps, out=view)
+    if table.suppresses_stops:
+        _fill_suppressed(views, rows, context_lens, table)
+    return Filled(rows, int(context_lens[0]), num_steps_left)
+
+
+def _fill_places(views: HostArrays, batch: DecodeBatch, table: SequenceTable) -> int:
+    """Where a step reads and writes the cache. Gives how many steps more go to the same blocks."""
     rows, context_lens = batch.rows, batch.context_lens
     n = len(rows)
     positions = context_lens - 1
@@ -91,16 +113,12 @@ def fill_decode(
     blocks = table.block_tables[rows, columns]
     views["positions"][:n] = positions
     # Position within the block: what the columns before this one leave of it.
-    slots = np.multiply(blocks - columns, table.block_size, dtype=np.int64)
-    np.add(slots, positions, out=views["slot_mapping"][:n])
+    offsets = positions - columns * table.block_size
+    slots = np.multiply(blocks, table.block_size, dtype=np.int64)
+    np.add(slots, offsets, out=views["slot_mapping"][:n])
     views["context_lens"][:n] = context_lens
-    if not has_blocks:
-        np.take(table.block_tables, rows, axis=0, out=views["block_tables"][:n], mode="clip")
-    if not has_rows:
-        views["seq_indices"][:n] = rows
-        _fill_sampling(views, rows, table)
-    if table.suppresses_stops:
-        _fill_suppressed(views, rows, context_lens, table)
+    np.take(table.block_tables, rows, axis=0, out=views["block_tables"][:n], mode="clip")
+    return table.block_size - 1 - int(offsets.max())
 
 
 def _fill_sampling(views: HostArrays, rows: Rows, table: SequenceTable) -> None:

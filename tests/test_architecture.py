@@ -27,6 +27,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "entry",
         "block_manager",
         "sequence_table",
+        "stretches",
         "scheduler",
         "metrics",
         "tokenizer",

@@ -24,11 +24,13 @@ from graphengine.scheduler import Scheduler
 from graphengine.sequence_table import SequenceTable
 from graphengine.step_inputs import (
     Filled,
+    _fill_places,
     _fill_suppressed,
     decode_fields,
     fill_decode,
     fill_prefill,
 )
+from graphengine.stretches import StepStretch, TokenStretch
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("tiny"))
 
 
-def fixed_requests(world: World) -> list[Request]:
+def fixed_requests(world: World, *, has_stop_strings: bool) -> list[Request]:
     """Stops of every kind at many places, so that lines change owners under steps in flight."""
     return [
         request(
@@ -46,19 +48,23 @@ def fixed_requests(world: World) -> list[Request]:
             max_tokens=3 + 5 * index % 17,
             min_tokens=index % 4,
             stop_token_ids=[index % 30, 3, 12, 14, 23, 26],
-            stop=["ab", "d"] if index % 4 == 0 else [],
+            stop=["ab", "d"] if has_stop_strings and index % 4 == 0 else [],
         )
         for index in range(24)
     ]
 
 
 def run(world: World) -> list[str]:
-    """What goes wrong, request by request. Buckets of 1, 2, 4 and 7 rows, and few blocks."""
-    requests = fixed_requests(world)
+    """What goes wrong, request by request. Buckets of 1, 2, 4 and 7 rows, and few blocks. Without
+    stop strings too: tokens are then kept for a while before they are looked at."""
+    wrong: list[str] = []
     with world.llm(max_num_seqs=7, num_gpu_blocks_override=13, max_num_batched_tokens=12) as llm:
-        outputs = list(llm.stream(requests))
-        assert llm.stats().num_preemptions > 0
-        return world.wrong(requests, outputs)
+        for has_stop_strings in (True, False):
+            requests = fixed_requests(world, has_stop_strings=has_stop_strings)
+            outputs = list(llm.stream(requests))
+            assert llm.stats().num_preemptions > 0
+            wrong += world.wrong(requests, outputs)
+    return wrong
 
 
 def use_late_copies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,19 +109,22 @@ MUTATIONS = {
         StepPipeline, StepPipeline.open, "inputs[field.name][num_rows:] = field.pad", "pass"
     ),
     "a bank keeps block tables of its last fill": Mutation(
-        RUNNER,
-        fill_decode,
+        graphengine.step_inputs,
+        _fill_places,
         'np.take(table.block_tables, rows, axis=0, out=views["block_tables"][:n], mode="clip")',
         "pass",
     ),
-    "a bank keeps block tables though a block was given": Mutation(
-        Filled,
-        Filled.has_blocks_of,
-        "self.num_block_changes == other.num_block_changes",
-        "True",
+    "a bank's places go on past their blocks": Mutation(
+        Filled, Filled.num_steps_to, "<= self.num_steps_left", "<= self.num_steps_left + 1"
+    ),
+    "a bank's rows go on as if they had stood still": Mutation(
+        RUNNER, fill_decode, "np.add(view, num_steps, out=view)", "pass"
+    ),
+    "a bank's places are not counted from its last fill": Mutation(
+        Filled, Filled.num_steps_to, "- self.first_len", "- self.first_len - 1"
     ),
     "a bank keeps what its last rows had": Mutation(
-        Filled, Filled.has_rows_of, "self.rows is other.rows", "len(self.rows) == len(other.rows)"
+        Filled, Filled.has_rows_of, "self.rows is batch.rows", "len(self.rows) == len(batch.rows)"
     ),
     "a late result is not looked at": Mutation(
         Scheduler, Scheduler.commit, "batch.num_released != table.num_released", "False"
@@ -132,6 +141,33 @@ MUTATIONS = {
     ),
     "a preempted sequence keeps its place": Mutation(
         Scheduler, Scheduler._preempt, "table.num_computed[idx] = 0", "pass"
+    ),
+    "steps are not written before a line is free": Mutation(
+        Scheduler, Scheduler.finish, "self._write_steps()", "pass"
+    ),
+    "tokens are not written before others": Mutation(
+        Scheduler, Scheduler.commit, "self._write_tokens()", "pass"
+    ),
+    "steps are not written before one is preempted": Mutation(
+        Scheduler, Scheduler._schedule_decode, "self._write_steps()", "pass"
+    ),
+    "a block is given a step late": Mutation(
+        StepStretch,
+        StepStretch.full_rows,
+        "self._num_steps < self._until_next_full",
+        "self._num_steps <= self._until_next_full",
+    ),
+    "a sequence goes on past its stop token": Mutation(
+        TokenStretch, TokenStretch.takes, "(self._stop_ids == token_ids).any()", "False"
+    ),
+    "a sequence goes on past its length": Mutation(
+        TokenStretch, TokenStretch.takes, ">= self._most_steps", "> self._most_steps"
+    ),
+    "steps are counted as launched alone": Mutation(
+        StepStretch,
+        StepStretch.write,
+        "self._table.num_computed[self.rows] += self._num_steps",
+        "pass",
     ),
     "a chunk in mid-prompt counts as a token": Mutation(
         Scheduler, Scheduler.commit, "live &= batch.samples", "pass"
