@@ -26,12 +26,14 @@ _WATERMARK_SHARE = 4
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
     """One token for each sequence in `rows`: seq_idx int64 [n]; epochs int64 [n]. num_released: of
-    the table, then. context_lens: int32 [n], with this token."""
+    the table, then. context_lens: int32 [n], with this token. num_steps_left: how many steps of the
+    same rows may follow this one before one of them comes to another block."""
 
     rows: Rows
     epochs: Rows
     num_released: int
     context_lens: npt.NDArray[np.int32]
+    num_steps_left: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,8 +265,7 @@ class Scheduler:
         if self._steps is None or self._steps.is_over:
             self._begin_steps()
         steps = self._steps
-        full = None if steps is None else steps.full_rows()
-        if steps is not None and full is not None:
+        if steps is not None and (full := steps.full()):
             if len(full) <= self._blocks.num_free:
                 steps.give_blocks(self._blocks.allocate(len(full)))
             else:
@@ -274,25 +275,28 @@ class Scheduler:
         if self._steps is None:
             return None
         steps = self._steps
-        return DecodeBatch(steps.rows, steps.epochs, steps.num_released, steps.step())
+        return DecodeBatch(steps.rows, steps.epochs, steps.num_released, *steps.step())
 
     def _begin_steps(self) -> None:
         """A new stretch, of all that run and have a token to launch, if there are any."""
         self._write_steps()
         table, rows = self._table, self._running
         # A sequence whose last token is in flight needs no row: length stops never overshoot.
-        goes_on = table.num_launched[rows] < table.max_total[rows]
-        num_rows = np.count_nonzero(goes_on)
+        num_left = table.max_total[rows] - table.num_launched[rows]
+        num_rows = np.count_nonzero(num_left)
+        if num_rows < len(rows):
+            goes_on = num_left > 0
+            rows, num_left = rows[goes_on], num_left[goes_on]
         if num_rows:
-            self._steps = StepStretch(table, rows if num_rows == len(rows) else rows[goes_on])
+            self._steps = StepStretch(table, rows, num_left)
 
-    def _preempt_for(self, full: Rows, rows: Rows) -> None:
+    def _preempt_for(self, full: list[int], rows: Rows) -> None:
         """One more block for each of `full`, some of `rows`, or for those of them that are left:
         the one that arrived last gives up its own."""
         table, blocks = self._table, self._blocks
         preempted: set[int] = set()
         candidates = rows[np.argsort(table.arrivals[rows])].tolist()
-        for idx in full.tolist():
+        for idx in full:
             while idx not in preempted and blocks.num_free == 0:
                 victim = candidates.pop()
                 self._preempt(victim)

@@ -102,8 +102,9 @@ class SequenceTable:
         self.block_tables[idx, held : held + len(blocks)] = blocks
         self.num_blocks[idx] = held + len(blocks)
 
-    def give_block_each(self, rows: Rows, blocks: list[int]) -> None:
-        """One more block for each of `rows`, in their order."""
+    def give_block_each(self, lines: list[int], blocks: list[int]) -> None:
+        """One more block for each of `lines`, in their order."""
+        rows = np.array(lines)
         held = self.num_blocks[rows]
         self.block_tables[rows, held] = blocks
         self.num_blocks[rows] = held + 1

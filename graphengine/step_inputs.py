@@ -89,23 +89,22 @@ def fill_decode(
     n = len(rows)
     num_steps = None if filled is None else filled.num_steps_to(batch)
     if num_steps is None:
-        num_steps_left = _fill_places(views, batch, table)
+        _fill_places(views, batch, table)
         if filled is None or not filled.has_rows_of(batch):
             views["seq_indices"][:n] = rows
             _fill_sampling(views, rows, table)
     else:
-        assert filled is not None
-        num_steps_left = filled.num_steps_left - num_steps
-        for name in ("positions", "slot_mapping", "context_lens"):
-            view = views[name][:n]
-            np.add(view, num_steps, out=view)
+        slots = views["slot_mapping"][:n]
+        np.add(slots, num_steps, out=slots)
+        np.subtract(context_lens, 1, out=views["positions"][:n])
+        views["context_lens"][:n] = context_lens
     if table.suppresses_stops:
         _fill_suppressed(views, rows, context_lens, table)
-    return Filled(rows, int(context_lens[0]), num_steps_left)
+    return Filled(rows, int(context_lens[0]), batch.num_steps_left)
 
 
-def _fill_places(views: HostArrays, batch: DecodeBatch, table: SequenceTable) -> int:
-    """Where a step reads and writes the cache. Gives how many steps more go to the same blocks."""
+def _fill_places(views: HostArrays, batch: DecodeBatch, table: SequenceTable) -> None:
+    """Where a step reads and writes the cache."""
     rows, context_lens = batch.rows, batch.context_lens
     n = len(rows)
     positions = context_lens - 1
@@ -113,12 +112,10 @@ def _fill_places(views: HostArrays, batch: DecodeBatch, table: SequenceTable) ->
     blocks = table.block_tables[rows, columns]
     views["positions"][:n] = positions
     # Position within the block: what the columns before this one leave of it.
-    offsets = positions - columns * table.block_size
-    slots = np.multiply(blocks, table.block_size, dtype=np.int64)
-    np.add(slots, offsets, out=views["slot_mapping"][:n])
+    slots = np.multiply(blocks - columns, table.block_size, dtype=np.int64)
+    np.add(slots, positions, out=views["slot_mapping"][:n])
     views["context_lens"][:n] = context_lens
     np.take(table.block_tables, rows, axis=0, out=views["block_tables"][:n], mode="clip")
-    return table.block_size - 1 - int(offsets.max())
 
 
 def _fill_sampling(views: HostArrays, rows: Rows, table: SequenceTable) -> None:

@@ -22,43 +22,50 @@ class StepStretch:
     """Decode steps scheduled for the same rows. Until `write`, num_computed and num_launched of
     those lines are what they were before the first. Blocks are given as ever."""
 
-    def __init__(self, table: SequenceTable, rows: Rows) -> None:
-        """rows: int64 [n], n > 0, of sequences that have a token to launch."""
+    def __init__(self, table: SequenceTable, rows: Rows, num_left: Counts) -> None:
+        """rows: int64 [n], n > 0. num_left: int32 [n], tokens that each sequence has to launch, one
+        at least."""
         self._table = table
         self.rows = rows
         self.epochs: Rows = table.epochs[rows]
         self.num_released = table.num_released
         self._num_steps = 0
+        self._until_last = int(num_left.min())  # steps until some sequence has launched its last
         self._computed: Counts = table.num_computed[rows]
-        launched = table.num_launched[rows]
-        # Steps until some sequence has launched its last token, and until some needs a block.
-        self._until_last = int((table.max_total[rows] - launched).min())
-        self._until_full: Counts = table.num_blocks[rows] * table.block_size - self._computed
-        self._until_next_full = int(self._until_full.min())
+        # By the step before which they need a block, the first first: seq_idx, and the step.
+        until_full = table.num_blocks[rows] * table.block_size - self._computed
+        order = np.argsort(until_full, kind="stable")
+        self._next_full: list[int] = rows[order].tolist()
+        self._full_at: list[int] = until_full[order].tolist()
+        self._num_given = 0
 
     @property
     def is_over(self) -> bool:
         """Whether some sequence has launched its last token."""
         return self._num_steps == self._until_last
 
-    def full_rows(self) -> Rows | None:
-        """Those that need a block for the next step, if there are any."""
-        if self._num_steps < self._until_next_full:
-            return None
-        full: Rows = self.rows[self._until_full == self._num_steps]
-        return full
+    def full(self) -> list[int]:
+        """The seq_idx of all that need a block for the next step."""
+        start = end = self._num_given
+        while end < len(self._full_at) and self._full_at[end] == self._num_steps:
+            end += 1
+        return self._next_full[start:end]
 
     def give_blocks(self, blocks: list[int]) -> None:
-        """One more for each of full_rows."""
-        is_full = self._until_full == self._num_steps
-        self._table.give_block_each(self.rows[is_full], blocks)
-        self._until_full[is_full] += self._table.block_size
-        self._until_next_full = int(self._until_full.min())
+        """One more for each that is full, in their order."""
+        full = self.full()
+        self._table.give_block_each(full, blocks)
+        # None of the others needs one later than these.
+        self._next_full += full
+        self._full_at += [self._num_steps + self._table.block_size] * len(full)
+        self._num_given += len(full)
 
-    def step(self) -> Counts:
-        """One more step. Gives the lengths with its token, int32 [n]."""
+    def step(self) -> tuple[Counts, int]:
+        """One more step. Gives the lengths with its token, int32 [n], and how many steps may follow
+        before some sequence needs a block."""
         self._num_steps += 1
-        return self._computed + np.int32(self._num_steps)
+        num_steps_left = self._full_at[self._num_given] - self._num_steps
+        return self._computed + np.int32(self._num_steps), num_steps_left
 
     def write(self) -> None:
         """Ends the stretch. None of its lines may have been released or preempted since."""

@@ -118,7 +118,7 @@ MUTATIONS = {
         Filled, Filled.num_steps_to, "<= self.num_steps_left", "<= self.num_steps_left + 1"
     ),
     "a bank's rows go on as if they had stood still": Mutation(
-        RUNNER, fill_decode, "np.add(view, num_steps, out=view)", "pass"
+        RUNNER, fill_decode, "np.add(slots, num_steps, out=slots)", "pass"
     ),
     "a bank's places are not counted from its last fill": Mutation(
         Filled, Filled.num_steps_to, "- self.first_len", "- self.first_len - 1"
@@ -153,9 +153,9 @@ MUTATIONS = {
     ),
     "a block is given a step late": Mutation(
         StepStretch,
-        StepStretch.full_rows,
-        "self._num_steps < self._until_next_full",
-        "self._num_steps <= self._until_next_full",
+        StepStretch.full,
+        "== self._num_steps",
+        "== self._num_steps - 1",
     ),
     "a sequence goes on past its stop token": Mutation(
         TokenStretch, TokenStretch.takes, "(self._stop_ids == token_ids).any()", "False"
