@@ -65,6 +65,7 @@ class Scheduler:
         # Steps and tokens that are not in the table yet.
         self._steps: StepStretch | None = None
         self._tokens: TokenStretch | None = None
+        self._last_rows: Rows | None = None  # of the last step whose results are known
         self._prefilling: deque[int] = deque()  # prompt begun, more chunks to come
         self._preempted: list[tuple[int, int]] = []  # (arrival, seq_idx)
         self._num_arrivals = 0
@@ -149,8 +150,9 @@ class Scheduler:
     ) -> Sequence:
         """Ends a sequence that holds line `idx` and frees its blocks and line."""
         table = self._table
-        self._write_steps()
         self._write_tokens()
+        if self._steps is not None:
+            self._steps.drop([idx])
         sequence = table.sequences[idx]
         assert sequence is not None
         sequence.output_token_ids = table.output_token_ids(idx)
@@ -173,6 +175,11 @@ class Scheduler:
             return False
         if self._tokens is None or self._tokens.rows is not batch.rows:
             self._write_tokens()
+            # Where rows change from step to step, a stretch costs more than it saves.
+            is_second = batch.rows is self._last_rows
+            self._last_rows = batch.rows
+            if not is_second:
+                return False
             self._tokens = TokenStretch(table, batch.rows)
         return self._tokens.takes(token_ids)
 
@@ -262,33 +269,24 @@ class Scheduler:
     # --- decode
 
     def _schedule_decode(self) -> DecodeBatch | None:
-        if self._steps is None or self._steps.is_over:
-            self._begin_steps()
+        table = self._table
+        if self._steps is None:
+            self._steps = StepStretch(table, self._running)
         steps = self._steps
-        if steps is not None and (full := steps.full()):
+        # A sequence whose last token is in flight needs no row: length stops never overshoot.
+        steps.drop_ended()
+        if full := steps.take_full():
             if len(full) <= self._blocks.num_free:
-                steps.give_blocks(self._blocks.allocate(len(full)))
+                steps.give_blocks(full, self._blocks.allocate(len(full)))
             else:
                 self._write_steps()
                 self._preempt_for(full, steps.rows)
-                self._begin_steps()
-        if self._steps is None:
+                steps = self._steps = StepStretch(table, self._running)
+                steps.drop_ended()
+        if len(steps.rows) == 0:
             return None
-        steps = self._steps
-        return DecodeBatch(steps.rows, steps.epochs, steps.num_released, *steps.step())
-
-    def _begin_steps(self) -> None:
-        """A new stretch, of all that run and have a token to launch, if there are any."""
-        self._write_steps()
-        table, rows = self._table, self._running
-        # A sequence whose last token is in flight needs no row: length stops never overshoot.
-        num_left = table.max_total[rows] - table.num_launched[rows]
-        num_rows = np.count_nonzero(num_left)
-        if num_rows < len(rows):
-            goes_on = num_left > 0
-            rows, num_left = rows[goes_on], num_left[goes_on]
-        if num_rows:
-            self._steps = StepStretch(table, rows, num_left)
+        rows, epochs = steps.rows, steps.epochs
+        return DecodeBatch(rows, epochs, table.num_released, *steps.step())
 
     def _preempt_for(self, full: list[int], rows: Rows) -> None:
         """One more block for each of `full`, some of `rows`, or for those of them that are left:

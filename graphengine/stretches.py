@@ -1,11 +1,13 @@
-"""What do decode steps of the same rows change? Counted here, and written to the table at the end
-of a stretch of them.
+"""What do decode steps change that follow one another? Counted here, and written to the table at
+the end of a stretch of them.
 
 A step gives each of its rows one token and no more, so that counts say all. To read and write the
 lines of 256 rows in every step, far apart in memory as they are, takes the host longer.
 """
 
 from __future__ import annotations
+
+from collections.abc import Set
 
 import numpy as np
 import numpy.typing as npt
@@ -19,58 +21,92 @@ _MOST_STEPS = 64
 
 
 class StepStretch:
-    """Decode steps scheduled for the same rows. Until `write`, num_computed and num_launched of
-    those lines are what they were before the first. Blocks are given as ever."""
+    """Decode steps scheduled for the same rows, of which some drop out. Until `write`, num_computed
+    and num_launched of those that are left are what they were before the first step."""
 
-    def __init__(self, table: SequenceTable, rows: Rows, num_left: Counts) -> None:
-        """rows: int64 [n], n > 0. num_left: int32 [n], tokens that each sequence has to launch, one
-        at least."""
+    def __init__(self, table: SequenceTable, rows: Rows) -> None:
+        """rows: int64 [n]. Those that have launched their last token drop out at the first step."""
         self._table = table
         self.rows = rows
         self.epochs: Rows = table.epochs[rows]
-        self.num_released = table.num_released
         self._num_steps = 0
-        self._until_last = int(num_left.min())  # steps until some sequence has launched its last
         self._computed: Counts = table.num_computed[rows]
-        # By the step before which they need a block, the first first: seq_idx, and the step.
-        until_full = table.num_blocks[rows] * table.block_size - self._computed
-        order = np.argsort(until_full, kind="stable")
-        self._next_full: list[int] = rows[order].tolist()
-        self._full_at: list[int] = until_full[order].tolist()
-        self._num_given = 0
+        self._dropped: set[int] = set()
+        to_launch = table.max_total[rows] - table.num_launched[rows]
+        room = table.num_blocks[rows] * table.block_size - self._computed
+        self._ends = _Dates(rows, to_launch, self._dropped)
+        self._blocks_end = _Dates(rows, room, self._dropped)
 
-    @property
-    def is_over(self) -> bool:
-        """Whether some sequence has launched its last token."""
-        return self._num_steps == self._until_last
+    def drop_ended(self) -> None:
+        """Those that have launched their last token are no rows of the next step."""
+        ended = self._ends.take(self._num_steps)
+        if ended:
+            self._table.num_computed[ended] += self._num_steps
+            self._table.num_launched[ended] += self._num_steps
+            self.drop(ended)
 
-    def full(self) -> list[int]:
-        """The seq_idx of all that need a block for the next step."""
-        start = end = self._num_given
-        while end < len(self._full_at) and self._full_at[end] == self._num_steps:
-            end += 1
-        return self._next_full[start:end]
+    def drop(self, lines: list[int]) -> None:
+        """They are no rows of the next step, if they were of the last. Does not write them. The
+        arrays stay the same if nobody drops out for the first time."""
+        lines = [idx for idx in lines if idx not in self._dropped]
+        if not lines:
+            return
+        self._dropped.update(lines)
+        is_left = self.rows != lines[0] if len(lines) == 1 else ~np.isin(self.rows, lines)
+        self.rows = self.rows[is_left]
+        self.epochs = self.epochs[is_left]
+        self._computed = self._computed[is_left]
 
-    def give_blocks(self, blocks: list[int]) -> None:
-        """One more for each that is full, in their order."""
-        full = self.full()
+    def take_full(self) -> list[int]:
+        """The seq_idx of all that need a block for the next step. To be asked once a step."""
+        return self._blocks_end.take(self._num_steps)
+
+    def give_blocks(self, full: list[int], blocks: list[int]) -> None:
+        """One for each of take_full, in their order."""
         self._table.give_block_each(full, blocks)
-        # None of the others needs one later than these.
-        self._next_full += full
-        self._full_at += [self._num_steps + self._table.block_size] * len(full)
-        self._num_given += len(full)
+        self._blocks_end.put(full, self._num_steps + self._table.block_size)
 
     def step(self) -> tuple[Counts, int]:
-        """One more step. Gives the lengths with its token, int32 [n], and how many steps may follow
-        before some sequence needs a block."""
+        """One more step, of one row at least. Gives the lengths with its token, int32 [n], and how
+        many steps may follow before a sequence needs a block."""
         self._num_steps += 1
-        num_steps_left = self._full_at[self._num_given] - self._num_steps
-        return self._computed + np.int32(self._num_steps), num_steps_left
+        return self._computed + np.int32(self._num_steps), self._blocks_end.first - self._num_steps
 
     def write(self) -> None:
-        """Ends the stretch. None of its lines may have been released or preempted since."""
+        """Ends the stretch."""
         self._table.num_computed[self.rows] += self._num_steps
         self._table.num_launched[self.rows] += self._num_steps
+
+
+class _Dates:
+    """When is something due for each of some lines? In steps."""
+
+    def __init__(self, rows: Rows, steps: Counts, dropped: Set[int]) -> None:
+        """dropped: lines for which nothing is due any more. May grow."""
+        order = np.argsort(steps, kind="stable")
+        self._lines: list[int] = rows[order].tolist()
+        self._steps: list[int] = steps[order].tolist()
+        self._start = 0  # of those that are still to come
+        self._dropped = dropped
+
+    @property
+    def first(self) -> int:
+        """No line's comes sooner."""
+        return self._steps[self._start]
+
+    def take(self, step: int) -> list[int]:
+        """The lines whose date has come by `step`, in their order."""
+        start = end = self._start
+        while end < len(self._steps) and self._steps[end] <= step:
+            end += 1
+        self._start = end
+        lines = self._lines[start:end]
+        return [idx for idx in lines if idx not in self._dropped] if self._dropped else lines
+
+    def put(self, lines: list[int], step: int) -> None:
+        """A new date for lines that were taken, not before any other's."""
+        self._lines += lines
+        self._steps += [step] * len(lines)
 
 
 class TokenStretch:

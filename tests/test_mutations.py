@@ -142,8 +142,11 @@ MUTATIONS = {
     "a preempted sequence keeps its place": Mutation(
         Scheduler, Scheduler._preempt, "table.num_computed[idx] = 0", "pass"
     ),
-    "steps are not written before a line is free": Mutation(
-        Scheduler, Scheduler.finish, "self._write_steps()", "pass"
+    "a row stays though its sequence has ended": Mutation(
+        Scheduler, Scheduler.finish, "self._steps.drop([idx])", "pass"
+    ),
+    "rows of those that have dropped out stay in a step": Mutation(
+        StepStretch, StepStretch.drop, "self._computed = self._computed[is_left]", "pass"
     ),
     "tokens are not written before others": Mutation(
         Scheduler, Scheduler.commit, "self._write_tokens()", "pass"
@@ -153,9 +156,9 @@ MUTATIONS = {
     ),
     "a block is given a step late": Mutation(
         StepStretch,
-        StepStretch.full,
-        "== self._num_steps",
-        "== self._num_steps - 1",
+        StepStretch.take_full,
+        "take(self._num_steps)",
+        "take(self._num_steps - 1)",
     ),
     "a sequence goes on past its stop token": Mutation(
         TokenStretch, TokenStretch.takes, "(self._stop_ids == token_ids).any()", "False"
