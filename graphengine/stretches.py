@@ -16,6 +16,7 @@ from graphengine.sequence_table import Rows, SequenceTable
 
 Counts = npt.NDArray[np.int32]
 
+_NEVER = 2**62
 # Tokens wait in memory of their own for at most so many steps.
 _MOST_STEPS = 64
 
@@ -39,11 +40,13 @@ class StepStretch:
 
     def drop_ended(self) -> None:
         """Those that have launched their last token are no rows of the next step."""
+        if self._ends.first > self._num_steps:
+            return
         ended = self._ends.take(self._num_steps)
-        if ended:
-            self._table.num_computed[ended] += self._num_steps
-            self._table.num_launched[ended] += self._num_steps
-            self.drop(ended)
+        for idx in ended:
+            self._table.num_computed[idx] += self._num_steps
+            self._table.num_launched[idx] += self._num_steps
+        self.drop(ended)
 
     def drop(self, lines: list[int]) -> None:
         """They are no rows of the next step, if they were of the last. Does not write them. The
@@ -59,6 +62,8 @@ class StepStretch:
 
     def take_full(self) -> list[int]:
         """The seq_idx of all that need a block for the next step. To be asked once a step."""
+        if self._blocks_end.first > self._num_steps:
+            return []
         return self._blocks_end.take(self._num_steps)
 
     def give_blocks(self, full: list[int], blocks: list[int]) -> None:
@@ -88,11 +93,7 @@ class _Dates:
         self._steps: list[int] = steps[order].tolist()
         self._start = 0  # of those that are still to come
         self._dropped = dropped
-
-    @property
-    def first(self) -> int:
-        """No line's comes sooner."""
-        return self._steps[self._start]
+        self.first = self._steps[0] if self._steps else _NEVER  # no line's comes sooner
 
     def take(self, step: int) -> list[int]:
         """The lines whose date has come by `step`, in their order."""
@@ -100,6 +101,7 @@ class _Dates:
         while end < len(self._steps) and self._steps[end] <= step:
             end += 1
         self._start = end
+        self.first = self._steps[end] if end < len(self._steps) else _NEVER
         lines = self._lines[start:end]
         return [idx for idx in lines if idx not in self._dropped] if self._dropped else lines
 
@@ -107,6 +109,7 @@ class _Dates:
         """A new date for lines that were taken, not before any other's."""
         self._lines += lines
         self._steps += [step] * len(lines)
+        self.first = min(self.first, step)
 
 
 class TokenStretch:
