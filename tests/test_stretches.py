@@ -167,7 +167,7 @@ CASES = {
         (
             StepStretch,
             StepStretch.drop_ended,
-            "self._table.num_launched[ended] += self._num_steps",
+            "self._table.num_launched[idx] += self._num_steps",
             "pass",
         ),
     ),
@@ -177,7 +177,7 @@ CASES = {
     ),
     "a row stays past its last token": (
         rows_in_vain,
-        (StepStretch, StepStretch.drop_ended, "if ended:", "if False:"),
+        (StepStretch, StepStretch.drop_ended, "self._ends.first > self._num_steps", "True"),
     ),
 }
 
