@@ -238,5 +238,6 @@ def _try(launch: Launch, kind: Kind, device: torch.device) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of tvm_ffi: any kind
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) < 200 else f"{reason[:100]} ... {reason[-100:]}"
         raise BackendError(f"a kernel of flash-attn 4 cannot be launched ({reason})") from error
