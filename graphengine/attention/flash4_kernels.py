@@ -2,8 +2,8 @@
 compiled.
 
 flash-attn 4 (package flash-attn-4, module flash_attn.cute) writes its kernels in Python: to import
-it and its compiler takes about ten seconds, and each call of its interface 0.1 ms of the host
-(H200, perf/LOG.md). Compiled, a kernel is an object file with one function, of the calling
+it and its compiler takes about ten seconds, and each call of its interface 0.1 ms of the host (on a
+machine with an H200). Compiled, a kernel is an object file with one function, of the calling
 convention that tvm_ffi, a small package, can call; `kernels.linked` keeps it. The stream is torch's
 current one, of the device that the tensors are on: tvm_ffi asks torch for it at every call.
 
