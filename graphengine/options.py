@@ -29,8 +29,8 @@ Attention = Annotated[
     str,
     typer.Option(
         metavar="|".join(ATTENTION),
-        help="auto: flash on CUDA, reference on the CPU. flash4: faster for long prompts on Hopper, "
-        "where auto is flash4 if it is installed.",
+        help="auto: flash on CUDA, reference on the CPU. flash4: for long prompts on Hopper, where "
+        "auto is flash4 if it is installed.",
     ),
 ]
 LoadFormat = Annotated[

@@ -29,6 +29,7 @@ from graphengine.attention.reference import ReferenceAttention
 from graphengine.config import EngineConfig
 from graphengine.errors import BackendError, ConfigError
 from graphengine.hub import resolve_model
+from graphengine.kernels import kernels_for
 from graphengine.kernels.ahead import compiled_ahead
 from graphengine.kernels.linked import LinkError
 from graphengine.kernels.ways import Product
@@ -185,12 +186,13 @@ def test_flash4_that_is_not_installed_says_how_to(monkeypatch: pytest.MonkeyPatc
         make_attention("flash4", CUDA)
 
 
-def prefill(attention: FlashAttention4, length: int = 30) -> Tensor:
+def prefill(attention: FlashAttention4, *, window: int | None = None) -> Tensor:
+    length = 30
     cache = Cache([length])
     metadata = cache.prefill_metadata([length], has_context=False)
     k, v = torch.cat(cache.k), torch.cat(cache.v)
     q = random_queries(length)
-    return attention.prefill(q, k, v, cache.k_cache, cache.v_cache, metadata, window=None)
+    return attention.prefill(q, k, v, cache.k_cache, cache.v_cache, metadata, window=window)
 
 
 def test_flash4_that_does_not_compile_is_an_error_that_says_why(world: World) -> None:
@@ -245,8 +247,9 @@ def test_kernel_that_cannot_be_kept_is_imported_with_a_warning(
 
     monkeypatch.setattr(flash4, "imported", imported)
     attention = of_any_length(or_flash=or_flash)
-    for _ in range(3):
-        prefill(attention)
+    for window in (None, 5, None, 5):
+        prefill(attention, window=window)
+    assert [kind.has_window for kind in world.tried] == [False, True]
     assert (attention.name, world.calls, imports) == ("flash4", [], [1])
     (warning,) = caplog.messages
     assert re.search("there is no C compiler.* each start imports it.* ten seconds", warning)
@@ -600,6 +603,18 @@ def test_named_attention_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     """A job's manifest has it."""
     assert begin(monkeypatch, tmp_path, attention="flash") == "flash"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_attention_is_kept_before_products_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a start that comes between takes the folder for one from before there was a choice."""
+    done: list[str] = []
+    tuning = SimpleNamespace(
+        kernels=kernels_for(CPU), measure=lambda _model, _streams: done.append("products")
+    )
+    monkeypatch.setattr("graphengine.build._make_tuning", lambda _resolved: tuning)
+    monkeypatch.setattr("graphengine.build.keep_attention", lambda _: done.append("attention"))
+    with LLM("demo", device="cpu"):
+        assert done == ["attention", "products"]
 
 
 @pytest.mark.usefixtures("world")

@@ -344,6 +344,8 @@ def test_script_compiles_what_the_interface_would_launch(
     (package / "interface.py").write_text(
         textwrap.dedent(
             """
+            import quack
+
             class Compiled:
                 def export_to_c(self, *, object_file_path, function_name):
                     with open(object_file_path, "w") as file:

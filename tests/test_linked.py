@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -172,3 +173,28 @@ def test_functions_of_two_libraries_are_their_own(path: Path) -> None:
     first = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     second = linked.make(path.with_name("other.so"), object_calling(2))
     assert (first["answer"](), second["answer"]()) == (1, 2)
+
+
+_MAKE = """
+import subprocess, sys
+from pathlib import Path
+from graphengine.kernels import linked
+
+def compile_to(part):
+    print("begun", flush=True)
+    sys.stdin.read(1)  # until all have begun
+    command = ["cc", "-fPIC", "-c", "-x", "c", "-o", str(part), "-"]
+    subprocess.run(command, input=b"int answer(void) { return 8; }", check=True)
+
+print(linked.make(Path(sys.argv[1]), compile_to)["answer"]())
+"""
+
+
+def test_processes_that_make_it_at_once_do_not_disturb_each_other(path: Path) -> None:
+    command = [sys.executable, "-c", _MAKE, str(path)]
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    root = Path(__file__).parents[1]
+    runs = [subprocess.Popen(command, cwd=root, **pipes) for _ in range(3)]
+    assert [run.stdout.readline() for run in runs] == ["begun\n"] * 3
+    assert [run.communicate("x", timeout=60)[0] for run in runs] == ["8\n"] * 3
+    assert list(path.parent.iterdir()) == [path]
