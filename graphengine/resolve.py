@@ -17,7 +17,6 @@ from graphengine.config import TUNING, EngineConfig
 from graphengine.errors import BackendError, ConfigError
 from graphengine.metrics import Laps
 from graphengine.model_config import ModelConfig
-from graphengine.tuning_file import attention_begun_with, file_in, keep_attention_begun_with
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +113,11 @@ def _attention(
     if config.tuning == "off":
         return make_attention(FlashAttention.name, device)
     path = own_tuning_file(config, model_config, device, dtype)
-    begun = None if path is None else attention_begun_with(path)
+    begun = None
+    if path is not None:
+        from graphengine.tuning_file import attention_begun_with
+
+        begun = attention_begun_with(path)
     if begun is None:
         return make_attention(name, device, head_dim=head_dim, dtype=dtype)
     if begun != FlashAttention4.name:
@@ -133,6 +136,9 @@ def own_tuning_file(
     this shape on this kind of GPU: what goes on with it rounds as what began with it did."""
     if config.tuning in TUNING:
         return None
+    # Imported here, as elsewhere: filelock comes with the extra for CUDA.
+    from graphengine.tuning_file import file_in
+
     return file_in(
         Path(config.tuning).expanduser(), tuned_shape(model_config, device=device, dtype=dtype)
     )
@@ -163,6 +169,8 @@ def keep_attention(resolved: Resolved) -> None:
     path = own_tuning_file(config, resolved.model_config, resolved.device, resolved.dtype)
     if path is None:
         return
+    from graphengine.tuning_file import keep_attention_begun_with
+
     shape = tuned_shape(resolved.model_config, device=resolved.device, dtype=resolved.dtype)
     begun = keep_attention_begun_with(path, shape, name)
     if begun != name:

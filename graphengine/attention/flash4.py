@@ -211,8 +211,9 @@ class FlashAttention4:
             except LinkError as error:
                 _log.warning(
                     "kernels of flash-attn 4 cannot be kept: %s. So each start imports it, which "
-                    "takes about ten seconds, and each of its calls 0.1 ms",
+                    "takes about ten seconds, and each of its calls 0.1 ms; mend that, or %s",
                     error,
+                    self._instead,
                 )
                 self._imported = imported()
         return self._imported
