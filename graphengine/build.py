@@ -20,7 +20,7 @@ from graphengine.kv_cache import KVCache
 from graphengine.metrics import Laps
 from graphengine.model import DecoderModel, layers_to_try
 from graphengine.model_runner import ModelRunner
-from graphengine.resolve import Resolved
+from graphengine.resolve import Resolved, keep_attention
 from graphengine.sequence_table import SequenceTable
 from graphengine.weights import check_weights, dummy_weights, load_weights
 
@@ -77,6 +77,8 @@ def _build_runner(resolved: Resolved, laps: Laps) -> tuple[StepClock, ModelRunne
     with _kernels_compiling(resolved, kernels, tuning, streams, laps):
         model = _load_model(resolved, kernels)
         laps.end("weights")
+    # Before products are measured: a file of products alone is older than the choice of attention.
+    keep_attention(resolved)
     if tuning is not None:
         tuning.measure(model, streams)
         laps.end("tuning")

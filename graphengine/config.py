@@ -32,7 +32,10 @@ class EngineConfig:
     tokenizer: directory or hub id; None takes the model's. skip_tokenizer_init: token ids only.
     dtype: "auto" is the checkpoint's on CUDA and float32 on the CPU. device: "auto" prefers CUDA.
     attention: "auto" is "flash" on CUDA (an error without flash-attn) and "reference" on the CPU.
-    "flash4" prefills with flash-attn 4, on Hopper: meant for long prompts, gain not measured yet.
+    "flash4" prefills with flash-attn 4 where the chunks have 512 tokens or more in the mean, which
+    is faster there, and rounds otherwise. On Hopper, in bfloat16 or float16 with heads of 64 or
+    128, "auto" is "flash4" where exactly the version of the extra flash4 is installed; should its
+    kernels then not compile or run, a warning says so and it is "flash".
     load_format: "dummy" gives seeded random weights and reads config.json only.
     max_model_len: tokens of prompt and output together; None takes the model's limit.
     max_num_seqs: sequences running at once, the largest decode bucket; at most MAX_NUM_SEQS.
@@ -46,8 +49,9 @@ class EngineConfig:
     enforce_eager: no CUDA graphs; the same step function is called instead.
     tuning: which way each product of a decode step runs in on a GPU. "auto" measures it at the
     first start, takes what is faster than the rule by the product's shape, and keeps it in
-    ~/.cache/graphengine/products; a folder is asked first and gets what it lacks, so that what goes
-    on with it rounds as it began; "off" is the rule. Ways differ in how sums round.
+    ~/.cache/graphengine/products; a folder is asked first and gets what it lacks, what attention
+    "auto" came to too, so that what goes on with it rounds as it began, or is refused; "off" is the
+    rule, and "auto" of attention is not "flash4". Ways differ in how sums round.
     async_scheduling: launch step N+1 before waiting for step N; False takes turns.
     trace: file for a Chrome trace of host phases and device work of all streams; None writes none.
     """

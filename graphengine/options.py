@@ -29,7 +29,8 @@ Attention = Annotated[
     str,
     typer.Option(
         metavar="|".join(ATTENTION),
-        help="auto: flash on CUDA, reference on the CPU. flash4: long prompts, Hopper, untried.",
+        help="auto: flash on CUDA, reference on the CPU. flash4: for long prompts on Hopper, where "
+        "auto is flash4 if it is installed.",
     ),
 ]
 LoadFormat = Annotated[
@@ -119,7 +120,8 @@ def environment_defaults() -> dict[str, str]:
         # torch's threads sleep while they wait: where other programs want the cores too, spinning
         # ones made the demo 50 times slower on a CPU.
         "OMP_WAIT_POLICY": "PASSIVE",
-        # flash-attn 4 keeps what it compiled; by itself in /tmp, where others may write.
+        # Where its kernels cannot be linked, flash-attn 4 keeps what it compiled; by itself in
+        # /tmp, where others may write.
         "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
         "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": os.path.expanduser(
             "~/.cache/graphengine/flash-attn-4"

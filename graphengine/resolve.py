@@ -11,7 +11,9 @@ import torch
 from captures import BucketLadder
 from graphengine.attention import AttentionBackend, make_attention
 from graphengine.attention.flash import FlashAttention
-from graphengine.config import EngineConfig
+from graphengine.attention.flash4 import FlashAttention4
+from graphengine.attention.reference import ReferenceAttention
+from graphengine.config import TUNING, EngineConfig
 from graphengine.errors import BackendError, ConfigError
 from graphengine.metrics import Laps
 from graphengine.model_config import ModelConfig
@@ -47,9 +49,10 @@ def resolve(
     """Raises BackendError or ConfigError."""
     device = _device(config.device)
     laps.end("device")
-    attention = make_attention(config.attention, device)
+    is_reference = config.attention == "reference" or device.type != "cuda"
+    dtype = _dtype(config.dtype, model_config, device, is_reference=is_reference)
+    attention = _attention(config, model_config, device, dtype)
     laps.end("imports")  # of flash-attn
-    dtype = _dtype(config.dtype, model_config, device, attention.name)
     block_size = config.block_size or attention.default_block_size
     attention.check(
         block_size=block_size, head_dim=model_config.head_dim, dtype=dtype, device=device
@@ -79,8 +82,8 @@ def as_on_cuda(resolved: Resolved) -> Resolved:
     config = resolved.config
     is_flash = config.attention == "auto"
     device = torch.device("cuda", 0)
-    attention = FlashAttention.name if is_flash else resolved.attention.name
-    dtype = _dtype(config.dtype, resolved.model_config, device, attention)
+    is_reference = not is_flash and resolved.attention.name == ReferenceAttention.name
+    dtype = _dtype(config.dtype, resolved.model_config, device, is_reference=is_reference)
     block_size = resolved.block_size
     if is_flash:
         block_size = config.block_size or FlashAttention.default_block_size
@@ -100,12 +103,89 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda", 0) if name != "cpu" and has_cuda else torch.device("cpu")
 
 
+def _attention(
+    config: EngineConfig, model_config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> AttentionBackend:
+    name, head_dim = config.attention, model_config.head_dim
+    if name != "auto" or device.type != "cuda":
+        return make_attention(name, device)
+    # "off": nothing depends on what this machine has.
+    if config.tuning == "off":
+        return make_attention(FlashAttention.name, device)
+    path = own_tuning_file(config, model_config, device, dtype)
+    begun = None
+    if path is not None:
+        from graphengine.tuning_file import attention_begun_with
+
+        begun = attention_begun_with(path)
+    if begun is None:
+        return make_attention(name, device, head_dim=head_dim, dtype=dtype)
+    if begun != FlashAttention4.name:
+        return make_attention(begun, device)
+    return FlashAttention4(
+        device,
+        instead=f"begin anew, with another folder of tuning (a job: with another output): {path} "
+        'says that this began with "flash4", which rounds otherwise than "flash"',
+    )
+
+
+def own_tuning_file(
+    config: EngineConfig, model_config: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> Path | None:
+    """The file of the user's own folder (see EngineConfig.tuning), if there is one, for models of
+    this shape on this kind of GPU: what goes on with it rounds as what began with it did."""
+    if config.tuning in TUNING:
+        return None
+    # Imported here, as elsewhere: filelock comes with the extra for CUDA.
+    from graphengine.tuning_file import file_in
+
+    return file_in(
+        Path(config.tuning).expanduser(), tuned_shape(model_config, device=device, dtype=dtype)
+    )
+
+
+def tuned_shape(
+    config: ModelConfig, *, device: torch.device, dtype: torch.dtype
+) -> dict[str, object]:
+    """What ways of products and of attention are chosen by, the card and its software aside."""
+    return {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_heads": config.num_heads,
+        "num_kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "biases": [config.qkv_bias, config.o_bias, config.mlp_bias],
+        "dtype": str(dtype),
+        "capability": list(torch.cuda.get_device_capability(device)),
+    }
+
+
+def keep_attention(resolved: Resolved) -> None:
+    """Writes to the user's own folder which attention "auto" has come to. Raises BackendError where
+    it says another by now, which a process that began at the same time has come to."""
+    config, name = resolved.config, resolved.attention.name
+    if config.attention != "auto" or resolved.device.type != "cuda":
+        return
+    path = own_tuning_file(config, resolved.model_config, resolved.device, resolved.dtype)
+    if path is None:
+        return
+    from graphengine.tuning_file import keep_attention_begun_with
+
+    shape = tuned_shape(resolved.model_config, device=resolved.device, dtype=resolved.dtype)
+    begun = keep_attention_begun_with(path, shape, name)
+    if begun != name:
+        raise BackendError(
+            f'attention is "{name}" here, and "{begun}" in a process that began at the same time '
+            f"with {path}; start this one again, which takes what stands there"
+        )
+
+
 def _dtype(
-    name: str, model_config: ModelConfig, device: torch.device, attention: str
+    name: str, model_config: ModelConfig, device: torch.device, *, is_reference: bool
 ) -> torch.dtype:
     if name == "auto":
         name = model_config.dtype if device.type == "cuda" else "float32"
-        if name == "float32" and attention != "reference":
+        if name == "float32" and not is_reference:
             name = "bfloat16"
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)

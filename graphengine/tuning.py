@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 import triton
@@ -15,7 +14,7 @@ from graphengine.kernels.fused_linear import means_on
 from graphengine.kernels.tuned import TunedKernels
 from graphengine.kernels.ways import Product, Way, ways
 from graphengine.model import DecoderModel
-from graphengine.resolve import Resolved
+from graphengine.resolve import Resolved, own_tuning_file, tuned_shape
 from graphengine.tuning_file import CACHE, Choices, file_in
 from graphengine.tuning_trial import products_to_tune, try_all, tune
 from graphengine.version import __version__
@@ -31,16 +30,7 @@ class Tuning:
 
     def __init__(self, resolved: Resolved) -> None:
         config, device = resolved.model_config, resolved.device
-        model = {
-            "hidden_size": config.hidden_size,
-            "intermediate_size": config.intermediate_size,
-            "num_heads": config.num_heads,
-            "num_kv_heads": config.num_kv_heads,
-            "head_dim": config.head_dim,
-            "biases": [config.qkv_bias, config.o_bias, config.mlp_bias],
-            "dtype": str(resolved.dtype),
-            "capability": list(torch.cuda.get_device_capability(device)),
-        }
+        model = tuned_shape(config, device=device, dtype=resolved.dtype)
         made_for = {
             **model,
             "card": torch.cuda.get_device_name(device),
@@ -48,9 +38,8 @@ class Tuning:
             "triton": triton.__version__,
             "graphengine": __version__,
         }
-        own = cache = None
-        if resolved.config.tuning != "auto":
-            own = file_in(Path(resolved.config.tuning).expanduser(), model)
+        cache = None
+        own = own_tuning_file(resolved.config, config, device, resolved.dtype)
         with contextlib.suppress(RuntimeError):  # no home
             cache = file_in(CACHE.expanduser(), made_for)
         means = means_on(device, resolved.dtype, has_bias=config.mlp_bias)

@@ -1,4 +1,5 @@
-"""Which way is chosen for each product, and where is it kept? JSON that processes share."""
+"""Which way is chosen for each product, and which attention, and where is it kept? JSON that
+processes share."""
 
 from __future__ import annotations
 
@@ -18,6 +19,10 @@ _log = logging.getLogger(__name__)
 CACHE = Path("~/.cache/graphengine/products")
 _LOCK_TIMEOUT_S = 60.0
 _MOST_BYTES = 2**20
+# Among the ways of products, whose names are longer.
+_ATTENTION = "attention"
+# Of files that are older than any other choice.
+_FIRST_ATTENTION = "flash"
 
 
 def file_in(folder: Path, made_for: Mapping[str, object]) -> Path:
@@ -61,6 +66,33 @@ def locked(path: Path) -> Iterator[None]:
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock)
         yield
+
+
+def attention_begun_with(path: Path) -> str | None:
+    """The attention that what goes on with the file began with; None where nothing has begun."""
+    ways = read(path)
+    return ways.get(_ATTENTION, _FIRST_ATTENTION) if ways else None
+
+
+def keep_attention_begun_with(path: Path, made_for: Mapping[str, object], name: str) -> str:
+    """Writes it, unless one stands there, or did before it was written down; gives what stands
+    there. Waits for another process that writes. Where nothing can be written a warning says so."""
+    begun = attention_begun_with(path)
+    if begun is not None:
+        return begun
+    with locked(path):
+        begun = attention_begun_with(path)
+        if begun is not None:
+            return begun
+        try:
+            write(path, made_for, {_ATTENTION: name})
+        except OSError as error:
+            _log.warning(
+                "%s cannot be written (%s): with it another start may take another attention",
+                path,
+                error,
+            )
+    return name
 
 
 Find = Callable[[Mapping[Product, Mapping[str, Way]]], Mapping[Product, str]]

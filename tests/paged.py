@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-
 import pytest
 import torch
 from torch import Tensor
 
 from graphengine.attention import DecodeMetadata, PrefillMetadata
+from graphengine.attention.flash4_kernels import installed
+from graphengine.errors import BackendError
 
 CPU = torch.device("cpu")
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 6, 2, 8
@@ -93,8 +93,8 @@ def random_queries(num_rows: int, head_dim: int = HEAD_DIM) -> Tensor:
 def skip_without_flash4() -> None:
     """Skips a GPU test where attention "flash4" cannot be had."""
     try:
-        version("flash-attn-4")
-    except PackageNotFoundError:
-        pytest.skip("flash-attn-4 is not installed")
+        installed()
+    except BackendError as error:
+        pytest.skip(str(error))
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("flash-attn 4 is used on Hopper only")

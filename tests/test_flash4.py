@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
+import json
 import random
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,42 +21,42 @@ from paged import CPU, HEAD_DIM, Cache, borders, random_queries, skip_without_fl
 from torch import Tensor
 
 from graphengine import LLM, SamplingParams
-from graphengine.attention import PrefillMetadata, flash4, make_attention
+from graphengine.attention import PrefillMetadata, flash4, flash4_kernels, make_attention
 from graphengine.attention.flash import FlashAttention
 from graphengine.attention.flash4 import FlashAttention4
+from graphengine.attention.flash4_kernels import Kind, Launch
 from graphengine.attention.reference import ReferenceAttention
 from graphengine.config import EngineConfig
 from graphengine.errors import BackendError, ConfigError
 from graphengine.hub import resolve_model
+from graphengine.kernels import kernels_for
+from graphengine.kernels.ahead import compiled_ahead
+from graphengine.kernels.linked import LinkError
+from graphengine.kernels.ways import Product
 from graphengine.metrics import Laps
 from graphengine.model_config import load_model_config
 from graphengine.options import environment_defaults
 from graphengine.plan import _working_bytes
-from graphengine.resolve import resolve
+from graphengine.resolve import Resolved, keep_attention, own_tuning_file, resolve
 from graphengine.scheduler import PrefillBatch
 from graphengine.step_inputs import prefill_metadata
+from graphengine.tuning_file import Choices
 
 CUDA = torch.device("cuda")
 INSTALL = r'pip install "graphengine\[flash4\]", or choose attention "flash"'
 REFERENCE = ReferenceAttention()
 
 
-def reference_varlen(
+def reference_launch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    softmax_scale: float,
-    causal: bool,
-    window_size: tuple[int | None, int | None],
-) -> tuple[Tensor, None]:
-    """Stands in for flash_attn_varlen_func: each sequence alone, its keys packed."""
-    assert softmax_scale == q.shape[-1] ** -0.5
-    assert causal
-    left, right = window_size
-    assert right == (None if left is None else 0)
+    window: int | None,
+) -> Tensor:
+    """Stands in for a kernel of flash-attn 4: each sequence alone, its keys packed."""
     rows, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     parts = []
     for s in range(len(rows) - 1):
@@ -70,19 +72,34 @@ def reference_varlen(
             max_seqlen_k=keys[s + 1] - keys[s],
             has_context=True,
         )
-        window = None if left is None else left + 1
         parts.append(REFERENCE.prefill(q[own], k_own, v_own, k_own, v_own, metadata, window=window))
-    return torch.cat(parts), None
+    return torch.cat(parts)
+
+
+class World:
+    """A Hopper GPU with all packages. calls: those that went to flash-attn 2. compiled: kinds of
+    kernels, as they were wanted. error: of compiling them."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.compiled: list[Kind] = []
+        self.tried: list[Kind] = []
+        self.error: Exception | None = None
+
+    def kept(self, kind: Kind) -> Launch:
+        self.compiled.append(kind)
+        if self.error is not None:
+            raise self.error
+        return reference_launch
 
 
 @pytest.fixture
-def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A Hopper GPU with both packages; lists which calls went to flash-attn 2."""
-    calls: list[str] = []
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    world = World()
 
     def recorder(name: str) -> Callable[..., Any]:
         def call(q: Tensor, *_: Tensor, **__: Any) -> Any:
-            calls.append(name)
+            world.calls.append(name)
             return (torch.zeros(q.shape),) if name == "varlen" else torch.zeros(q.shape)
 
         return call
@@ -90,21 +107,58 @@ def flash_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     two = ModuleType("flash_attn.flash_attn_interface")
     two.__dict__["_flash_attn_varlen_forward"] = recorder("varlen")
     two.__dict__["flash_attn_with_kvcache"] = recorder("with_kvcache")
-    four = ModuleType("flash_attn.cute")
-    four.__dict__["flash_attn_varlen_func"] = reference_varlen
     monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", two)
-    monkeypatch.setitem(sys.modules, "flash_attn.cute", four)
-    monkeypatch.setattr(flash4, "version", lambda _: "4.0.0b36")
+    monkeypatch.setattr(flash4_kernels, "version", lambda _: flash4_kernels.VERSION)
+    monkeypatch.setattr(flash4, "kept", world.kept)
+    monkeypatch.setattr(flash4, "_try", lambda _launch, kind, _device: world.tried.append(kind))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
-    return calls
+    return world
 
 
-@pytest.mark.usefixtures("flash_calls")
-def test_auto_is_not_flash4_even_where_it_is_installed() -> None:
-    assert make_attention("auto", CUDA).name == "flash"
-    attention = make_attention("flash4", CUDA)
+@pytest.fixture
+def flash_calls(world: World) -> list[str]:
+    return world.calls
+
+
+def of_any_length(**options: Any) -> FlashAttention4:
+    """One that runs short chunks too."""
+    attention = FlashAttention4(CUDA, **options)
+    attention.min_mean_length = 1
+    return attention
+
+
+@pytest.mark.usefixtures("world")
+def test_auto_is_flash4_where_it_runs_the_model() -> None:
+    good: dict[str, Any] = {"head_dim": 128, "dtype": torch.bfloat16}
+    attention = make_attention("auto", CUDA, **good)
     assert (attention.name, attention.default_block_size) == ("flash4", 256)
+    for change in ({"head_dim": 96}, {"dtype": torch.float32}, {"head_dim": None}):
+        assert make_attention("auto", CUDA, **(good | change)).name == "flash"
+    assert make_attention("flash", CUDA, **good).name == "flash"
+    assert make_attention("auto", CPU, **good).name == "reference"
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_auto_is_flash_on_other_generations(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    assert make_attention("auto", CUDA, head_dim=128, dtype=torch.bfloat16).name == "flash"
+
+
+def absent(name: str) -> str:
+    raise PackageNotFoundError(name)
+
+
+@pytest.mark.usefixtures("world")
+@pytest.mark.parametrize("version", [absent, lambda _: "4.0.0b35", lambda _: "4.0.0"])
+def test_auto_is_flash_without_exactly_the_version_it_is_written_for(
+    monkeypatch: pytest.MonkeyPatch, version: Callable[[str], str]
+) -> None:
+    monkeypatch.setattr(flash4_kernels, "version", version)
+    assert make_attention("auto", CUDA, head_dim=128, dtype=torch.bfloat16).name == "flash"
 
 
 def test_flash4_on_the_cpu_is_an_error() -> None:
@@ -112,7 +166,7 @@ def test_flash4_on_the_cpu_is_an_error() -> None:
         make_attention("flash4", CPU)
 
 
-@pytest.mark.usefixtures("flash_calls")
+@pytest.mark.usefixtures("world")
 @pytest.mark.parametrize("capability", [(8, 0), (10, 0), (12, 0)])
 def test_other_generations_are_refused_before_anything_is_imported(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
@@ -124,36 +178,143 @@ def test_other_generations_are_refused_before_anything_is_imported(
         make_attention("flash4", CUDA)
 
 
-@pytest.mark.usefixtures("flash_calls")
+@pytest.mark.usefixtures("world")
 def test_flash4_that_is_not_installed_says_how_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """flash-attn 2 has a folder flash_attn/cute of its own, which must not pass for it."""
-
-    def missing(name: str) -> str:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(flash4, "version", missing)
-    with pytest.raises(BackendError, match=f"flash-attn-4, which is not installed; .*{INSTALL}"):
+    monkeypatch.setattr(flash4_kernels, "version", absent)
+    with pytest.raises(BackendError, match=f"flash-attn-4 is not installed; .*{INSTALL}"):
         make_attention("flash4", CUDA)
 
 
-@pytest.mark.usefixtures("flash_calls")
-@pytest.mark.parametrize("error", [ImportError("no cutlass"), RuntimeError("no CTK\nflavor")])
-def test_flash4_that_cannot_be_imported_says_why(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    real = importlib.import_module
+def prefill(attention: FlashAttention4, *, window: int | None = None) -> Tensor:
+    length = 30
+    cache = Cache([length])
+    metadata = cache.prefill_metadata([length], has_context=False)
+    k, v = torch.cat(cache.k), torch.cat(cache.v)
+    q = random_queries(length)
+    return attention.prefill(q, k, v, cache.k_cache, cache.v_cache, metadata, window=window)
 
-    def import_module(name: str) -> ModuleType:
-        if name == "flash_attn.cute":
-            raise error
-        return real(name)
 
-    monkeypatch.setattr(importlib, "import_module", import_module)
-    why = " ".join(str(error).split())
-    with pytest.raises(BackendError, match=rf"imported \({why}\); .*{INSTALL}") as caught:
-        make_attention("flash4", CUDA)
+def test_flash4_that_does_not_compile_is_an_error_that_says_why(world: World) -> None:
+    world.error = BackendError("a kernel cannot be compiled (no CTK flavor)")
+    with pytest.raises(BackendError, match=rf"compiled \(no CTK flavor\); .*{INSTALL}") as caught:
+        prefill(of_any_length())
     assert "\n" not in str(caught.value)
-    assert caught.value.__cause__ is error
+    assert caught.value.__cause__ is world.error
+
+
+def test_auto_whose_kernel_does_not_compile_is_flash_from_then_on(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.error = BackendError("a kernel cannot be compiled (no CTK flavor)")
+    attention = of_any_length(or_flash=True)
+    assert (attention.name, attention.reads_key_slots) == ("flash4", True)
+    for _ in range(3):
+        prefill(attention)
+    assert (attention.name, attention.reads_key_slots) == ("flash", False)
+    assert world.calls == ["varlen"] * 3
+    assert len(world.compiled) == 1
+    (warning,) = caplog.messages
+    assert re.search(rf'compiled \(no CTK flavor\); .*{INSTALL}.* it is "flash"', warning)
+    another = of_any_length(or_flash=True)
+    assert another.name == "flash4", "it is no matter of the class"
+
+
+def test_auto_whose_kernel_cannot_be_launched_is_flash(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise BackendError("a kernel of flash-attn 4 cannot be launched (old driver)")
+
+    monkeypatch.setattr(flash4, "_try", refused)
+    attention = of_any_length(or_flash=True)
+    prefill(attention)
+    assert (attention.name, world.calls) == ("flash", ["varlen"])
+    with pytest.raises(BackendError, match="old driver"):
+        prefill(of_any_length())
+
+
+@pytest.mark.parametrize("or_flash", [False, True])
+def test_kernel_that_cannot_be_kept_is_imported_with_a_warning(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, or_flash: bool
+) -> None:
+    world.error = LinkError("there is no C compiler")
+    imports = []
+
+    def imported() -> Launch:
+        imports.append(1)
+        return reference_launch
+
+    monkeypatch.setattr(flash4, "imported", imported)
+    attention = of_any_length(or_flash=or_flash)
+    for window in (None, 5, None, 5):
+        prefill(attention, window=window)
+    assert [kind.has_window for kind in world.tried] == [False, True]
+    assert (attention.name, world.calls, imports) == ("flash4", [], [1])
+    (warning,) = caplog.messages
+    assert re.search("there is no C compiler.* each start imports it.* ten seconds", warning)
+
+
+@pytest.fixture
+def no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here is compiled by it, or needs the GPU that its threads are told of."""
+    mode = SimpleNamespace(__enter__=lambda: None)
+    triton = SimpleNamespace(AsyncCompileMode=lambda _executor: mode)
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _device: None)
+
+
+@pytest.mark.usefixtures("no_triton")
+def test_rehearsal_compiles_and_launches_nothing(world: World) -> None:
+    attention = of_any_length()
+    launched: list[Tensor] = []
+
+    def steps() -> None:
+        launched.extend(prefill(attention) for _ in range(3))
+
+    with compiled_ahead(CPU, steps):
+        assert [out.shape for out in launched] == [random_queries(30).shape] * 3
+        assert world.tried == []
+    assert len(world.compiled) == len(world.tried) == 1
+    prefill(attention)
+    assert len(world.compiled) == len(world.tried) == 1
+    assert world.calls == []
+
+
+@pytest.mark.usefixtures("no_triton")
+def test_error_of_a_rehearsed_kernel_is_raised_when_the_rehearsal_is_left(world: World) -> None:
+    world.error = BackendError("a kernel cannot be compiled (no CTK flavor)")
+    attentions = of_any_length(), of_any_length(or_flash=True)
+
+    def start(attention: FlashAttention4) -> None:
+        with compiled_ahead(CPU, lambda: prefill(attention).shape and None):
+            assert attention.name == "flash4"
+
+    with pytest.raises(BackendError, match="no CTK flavor"):
+        start(attentions[0])
+    start(attentions[1])
+    assert attentions[1].name == "flash"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([512], []),
+        ([511], ["varlen"]),
+        ([1000, 24], []),
+        ([1000, 23], ["varlen"]),
+        ([2000, 1, 1], []),
+    ],
+)
+def test_short_chunks_run_by_flash(
+    flash_calls: list[str], lengths: list[int], expected: list[str]
+) -> None:
+    """By the mean of those that are prefilled together."""
+    cache = Cache(lengths)
+    metadata = cache.prefill_metadata(lengths, has_context=False)
+    q, k, v = random_queries(sum(lengths)), torch.cat(cache.k), torch.cat(cache.v)
+    FlashAttention4(CUDA).prefill(q, k, v, cache.k_cache, cache.v_cache, metadata, window=None)
+    assert flash_calls == expected
 
 
 @pytest.mark.usefixtures("flash_calls")
@@ -184,7 +345,7 @@ def test_keys_of_earlier_chunks_are_found_in_the_cache(
     nothing = torch.full((len(q), cache.k_cache.shape[2], HEAD_DIM), float("nan"))
     metadata = cache.prefill_metadata(q_lengths, has_context=True)
     inputs = (q, nothing, nothing, cache.k_cache, cache.v_cache, metadata)
-    out = FlashAttention4(CUDA).prefill(*inputs, window=window)
+    out = of_any_length().prefill(*inputs, window=window)
     torch.testing.assert_close(out, REFERENCE.prefill(*inputs, window=window))
     assert flash_calls == []
 
@@ -196,7 +357,7 @@ def test_without_context_the_cache_is_not_read(flash_calls: list[str]) -> None:
     k, v = torch.cat(cache.k), torch.cat(cache.v)
     nothing = torch.full_like(cache.k_cache, float("nan"))
     metadata = cache.prefill_metadata(lengths, has_context=False)
-    out = FlashAttention4(CUDA).prefill(q, k, v, nothing, nothing, metadata, window=None)
+    out = of_any_length().prefill(q, k, v, nothing, nothing, metadata, window=None)
     expected = REFERENCE.prefill(q, k, v, nothing, nothing, metadata, window=None)
     torch.testing.assert_close(out, expected)
     assert flash_calls == []
@@ -211,7 +372,7 @@ def test_what_would_be_compiled_for_apart_goes_to_flash(
     q = random_queries(sum(lengths))
     k, v = torch.cat(cache.k), torch.cat(cache.v)
     metadata = cache.prefill_metadata(lengths, has_context=False)
-    FlashAttention4(CUDA).prefill(q, k, v, cache.k_cache, cache.v_cache, metadata, window=None)
+    of_any_length().prefill(q, k, v, cache.k_cache, cache.v_cache, metadata, window=None)
     assert flash_calls == expected
 
 
@@ -220,7 +381,7 @@ def test_single_queries_stay_with_flash(flash_calls: list[str], has_context: boo
     cache = Cache([5, 9])
     metadata = cache.prefill_metadata([5, 9], has_context=has_context).of_last_tokens()
     k, v = torch.cat(cache.k), torch.cat(cache.v)
-    FlashAttention4(CUDA).prefill(
+    of_any_length().prefill(
         random_queries(2), k, v, cache.k_cache, cache.v_cache, metadata, window=None
     )
     assert flash_calls == ["varlen"]
@@ -321,13 +482,164 @@ def test_compiled_kernels_are_kept_in_the_users_own_folder(
     assert Path(told["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"]).is_relative_to(tmp_path)
 
 
+# --- what goes on with a folder of tuning goes on with its attention
+
+
+def resolved_on_hopper(monkeypatch: pytest.MonkeyPatch, **options: Any) -> Resolved:
+    """As an engine with a model of 128 dims a head would."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (9, 0))
+    path = resolve_model("demo")
+    model = replace(load_model_config(path), head_dim=128)
+    config = EngineConfig("demo", dtype="bfloat16", **options)
+    return resolve(config, path, model, laps=Laps())
+
+
+def begin(monkeypatch: pytest.MonkeyPatch, folder: Path, **options: Any) -> str:
+    """Starts with the folder as a build does; gives the attention."""
+    resolved = resolved_on_hopper(monkeypatch, tuning=str(folder), **options)
+    keep_attention(resolved)
+    return resolved.attention.name
+
+
+@pytest.mark.usefixtures("world")
+def test_auto_of_an_engine_is_flash4_and_of_one_without_tuning_is_flash(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """ "off": nothing depends on what a machine has, as a job with it could not go on elsewhere."""
+    for tuning, expected in (("auto", "flash4"), ("off", "flash")):
+        resolved = resolved_on_hopper(monkeypatch, tuning=tuning)
+        assert (resolved.attention.name, resolved.block_size) == (expected, 256)
+    named = resolved_on_hopper(monkeypatch, tuning="off", attention="flash4")
+    assert named.attention.name == "flash4"
+
+
+@pytest.mark.usefixtures("world")
+def test_what_began_with_flash4_goes_on_with_it_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, world: World
+) -> None:
+    assert begin(monkeypatch, tmp_path) == "flash4"
+    assert begin(monkeypatch, tmp_path) == "flash4"
+    # Not by flash in the end either, as "auto" would.
+    world.error = BackendError("a kernel cannot be compiled (no CTK flavor)")
+    attention = resolved_on_hopper(monkeypatch, tuning=str(tmp_path)).attention
+    assert isinstance(attention, FlashAttention4)
+    attention.min_mean_length = 1
+    with pytest.raises(BackendError, match=r"no CTK flavor.*begin anew.* says that this began"):
+        prefill(attention)
+    monkeypatch.setattr(flash4_kernels, "version", absent)
+    said = r'flash-attn-4 is not installed; install it .*, or begin anew.*another output.*"flash4"'
+    with pytest.raises(BackendError, match=said):
+        begin(monkeypatch, tmp_path)
+    assert begin(monkeypatch, tmp_path, attention="flash") == "flash", "who asks for it gets it"
+
+
+@pytest.mark.usefixtures("world")
+def test_what_began_with_flash_goes_on_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whatever has been installed meanwhile."""
+    with monkeypatch.context() as patch:
+        patch.setattr(flash4_kernels, "version", absent)
+        assert begin(patch, tmp_path) == "flash"
+    assert begin(monkeypatch, tmp_path) == "flash"
+
+
+@pytest.mark.usefixtures("world")
+def test_what_began_before_there_was_a_choice_goes_on_with_flash(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its folder has ways of products alone, which stay."""
+    resolved = resolved_on_hopper(monkeypatch, tuning=str(tmp_path))
+    path = own_tuning_file(resolved.config, resolved.model_config, resolved.device, resolved.dtype)
+    assert path is not None
+    before = {"made_for": {}, "ways": {"64x128x128": "cublas"}}
+    path.write_text(json.dumps(before))
+    assert begin(monkeypatch, tmp_path) == "flash"
+    assert json.loads(path.read_text()) == before
+
+
+@pytest.mark.usefixtures("world")
+def test_attention_that_fell_back_is_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, world: World
+) -> None:
+    world.error = BackendError("a kernel cannot be compiled (no CTK flavor)")
+    resolved = resolved_on_hopper(monkeypatch, tuning=str(tmp_path))
+    assert isinstance(resolved.attention, FlashAttention4)
+    resolved.attention.min_mean_length = 1
+    prefill(resolved.attention)
+    keep_attention(resolved)
+    world.error = None
+    assert begin(monkeypatch, tmp_path) == "flash"
+
+
+@pytest.mark.usefixtures("world")
+def test_processes_that_come_to_two_attentions_do_not_go_on_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, second = (resolved_on_hopper(monkeypatch, tuning=str(tmp_path)) for _ in range(2))
+    first.attention.name = "flash"
+    keep_attention(first)
+    with pytest.raises(BackendError, match=r'"flash4" here, and "flash" in .*; start this'):
+        keep_attention(second)
+
+
+@pytest.mark.usefixtures("world")
+def test_attention_of_another_kind_of_gpu_is_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A job's workers may run on two kinds."""
+    assert begin(monkeypatch, tmp_path) == "flash4"
+    resolved = resolved_on_hopper(monkeypatch, tuning=str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+    other = resolve(resolved.config, resolved.model_path, resolved.model_config, laps=Laps())
+    keep_attention(other)
+    assert other.attention.name == "flash"
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
+@pytest.mark.usefixtures("world")
+def test_named_attention_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A job's manifest has it."""
+    assert begin(monkeypatch, tmp_path, attention="flash") == "flash"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_attention_is_kept_before_products_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a start that comes between takes the folder for one from before there was a choice."""
+    done: list[str] = []
+    tuning = SimpleNamespace(
+        kernels=kernels_for(CPU), measure=lambda _model, _streams: done.append("products")
+    )
+    monkeypatch.setattr("graphengine.build._make_tuning", lambda _resolved: tuning)
+    monkeypatch.setattr("graphengine.build.keep_attention", lambda _: done.append("attention"))
+    with LLM("demo", device="cpu"):
+        assert done == ["attention", "products"]
+
+
+@pytest.mark.usefixtures("world")
+def test_products_that_are_measured_leave_the_attention(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert begin(monkeypatch, tmp_path) == "flash4"
+    (path,) = tmp_path.glob("*.json")
+    product = Product(64, 128, 128, silu=False)
+    choices = Choices({product: {"rule": None}}, {}, own=path, cache=None)  # type: ignore[dict-item]
+    assert list(choices.missing) == [product]
+    choices.complete(lambda missing: dict.fromkeys(missing, "rule"))
+    assert json.loads(path.read_text())["ways"] == {"attention": "flash4", str(product): "rule"}
+    assert begin(monkeypatch, tmp_path) == "flash4"
+
+
 # --- on a GPU
 
 
 @pytest.fixture(scope="module")
 def attention() -> FlashAttention4:
     skip_without_flash4()
-    return FlashAttention4(torch.device("cuda", 0))
+    attention = FlashAttention4(torch.device("cuda", 0))
+    attention.min_mean_length = 1
+    return attention
 
 
 def compare(attention: FlashAttention4, seed: int, window: int | None, **shape: Any) -> None:
@@ -389,16 +701,126 @@ def test_flash4_takes_float16(attention: FlashAttention4) -> None:
 @pytest.mark.gpu
 def test_flash4_compiles_nothing_after_its_first_call(attention: FlashAttention4) -> None:
     """In the middle of a run that would take seconds."""
-    compiled = importlib.import_module("flash_attn.cute.interface")._flash_attn_fwd.compile_cache
     shape = {"num_kv_heads": 2, "group": 4, "head_dim": 128, "dtype": torch.bfloat16}
     compare(attention, 0, None, **shape)
     compare(attention, 0, 77, **shape)
-    before = len(compiled.cache)
-    assert before > 0
+    before = list(attention._begun)
+    assert before
     for seed in range(1, 10):
         compare(attention, seed, None, **shape)
         compare(attention, seed, 10 * seed, **shape)
-    assert len(compiled.cache) == before
+    assert list(attention._begun) == before
+
+
+# Query lengths, and contexts before them.
+BATCHES: dict[str, tuple[list[int], list[int]]] = {
+    "one": ([1000], [0]),
+    "one token": ([1], [0]),
+    "ragged": ([1, 127, 128, 129, 700, 33], [0] * 6),
+    "256": ([2 + i % 40 for i in range(256)], [0] * 256),
+    "context": ([5, 128, 300], [1000, 0, 129]),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 1, 100])
+@pytest.mark.parametrize(
+    ("group", "head_dim", "dtype"),
+    [
+        (4, 128, torch.bfloat16),
+        (2, 128, torch.bfloat16),
+        (5, 128, torch.bfloat16),
+        (1, 64, torch.bfloat16),
+        (4, 64, torch.float16),
+    ],
+)
+def test_kept_kernel_gives_what_the_interface_gives(
+    attention: FlashAttention4, group: int, head_dim: int, dtype: torch.dtype, window: int | None
+) -> None:
+    """To the bit: it is the same kernel."""
+    num_kv_heads = 3
+    kernel = attention._launch(Kind(dtype, head_dim, group, window is not None, (9, 0)))
+    assert kernel is not None
+    assert attention._imported is None, "it could not be kept here"
+    interface = flash4_kernels.imported()
+    torch.manual_seed(0)
+    for name, (lengths, contexts) in BATCHES.items():
+        totals = [n + before for n, before in zip(lengths, contexts, strict=True)]
+        heads = group * num_kv_heads
+        qkv = torch.randn(sum(lengths), heads + 2 * num_kv_heads, head_dim, device=CUDA).to(dtype)
+        q, k, v = qkv.split([heads, num_kv_heads, num_kv_heads], dim=1)
+        if any(contexts):
+            k, v = torch.randn(2, sum(totals), num_kv_heads, head_dim, device=CUDA).to(dtype)
+        options: dict[str, Any] = {
+            "cu_seqlens_q": borders(lengths).to(CUDA),
+            "cu_seqlens_k": borders(totals).to(CUDA),
+            "window": window,
+        }
+        actual, expected = (launch(q, k, v, **options) for launch in (kernel, interface))
+        assert actual.dtype == dtype
+        assert actual.isfinite().all(), name
+        assert torch.equal(actual, expected), name
+
+
+@pytest.mark.gpu
+def test_more_sequences_than_it_is_compiled_for_run_by_flash(attention: FlashAttention4) -> None:
+    lengths = [2 + i % 40 for i in range(300)]
+    cache = Cache(lengths, block_size=256, head_dim=128, dtype=torch.bfloat16, device=CUDA)
+    metadata = cache.prefill_metadata(lengths, has_context=False)
+    q = random_queries(sum(lengths), 128).to(CUDA, torch.bfloat16)
+    k, v = (torch.cat(parts).to(CUDA) for parts in (cache.k, cache.v))
+    inputs = (q, k, v, cache.k_cache, cache.v_cache, metadata)
+    expected = FlashAttention().prefill(*inputs, window=None)
+    assert torch.equal(attention.prefill(*inputs, window=None), expected)
+
+
+# Compiles, or loads, one kernel and launches it; prints what of flash-attn 4 was imported.
+_FIRST_PREFILL = """
+import sys, time
+from pathlib import Path
+import torch
+from graphengine.attention import flash4_kernels
+from graphengine.attention.flash4 import FlashAttention4
+from graphengine.attention.flash4_kernels import Kind
+flash4_kernels.CACHE = Path(sys.argv[1])
+attention = FlashAttention4(torch.device("cuda", 0))
+begin = time.perf_counter()
+launch = attention._launch(Kind(torch.bfloat16, 128, 4, False, (9, 0)))
+seconds = time.perf_counter() - begin
+torch.manual_seed(0)
+q, k, v = (torch.randn(700, n, 128, device="cuda", dtype=torch.bfloat16) for n in (8, 2, 2))
+borders = torch.tensor([0, 700], dtype=torch.int32, device="cuda")
+out = launch(q, k, v, cu_seqlens_q=borders, cu_seqlens_k=borders, window=None)
+roots = {name.partition(".")[0] for name in sys.modules}
+print(seconds, float(out.double().abs().sum()), attention._imported is None,
+      sorted(roots & {"cutlass", "quack"}), "flash_attn.cute.interface" in sys.modules)
+"""
+
+
+@pytest.mark.gpu
+def test_second_process_imports_nothing_of_flash4_and_a_damaged_kernel_is_made_anew(
+    tmp_path: Path,
+) -> None:
+    skip_without_flash4()
+
+    def first_prefill() -> tuple[float, list[str]]:
+        command = [sys.executable, "-W", "ignore", "-c", _FIRST_PREFILL, str(tmp_path / "linked")]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+        assert run.returncode == 0, run.stderr[-2000:]
+        seconds, *others = run.stdout.strip().splitlines()[-1].split(maxsplit=1)
+        return float(seconds), others
+
+    compiled_s, first = first_prefill()
+    assert first[0].endswith("True [] False"), first
+    loaded_s, second = first_prefill()
+    assert second == first
+    assert loaded_s < compiled_s / 4
+    (file,) = (tmp_path / "linked").iterdir()
+    good = file.read_bytes()
+    file.write_bytes(good[: len(good) // 2])
+    _, third = first_prefill()
+    assert third == first
+    assert len(file.read_bytes()) == len(good)
 
 
 @pytest.mark.gpu

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import random
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -40,6 +41,7 @@ from captures.streams import COPY_IN, STREAMS
 from graphengine import LLM, Request, RequestOutput, SamplingParams
 from graphengine.block_manager import BlockManager
 from graphengine.demo.sums import answer, heldout_pairs, prompt
+from graphengine.errors import BackendError
 from graphengine.model_runner import ModelRunner
 from graphengine.prefill_graphs import PrefillGraphs
 
@@ -332,15 +334,38 @@ def test_slots_never_written_are_never_seen(world: World) -> None:
 
 
 @pytest.mark.parametrize("attention", ["flash", "flash4"])
-def test_flash_sees_no_slot_never_written(flash_checkpoint: Path, attention: str) -> None:
+def test_flash_sees_no_slot_never_written(
+    flash_checkpoint: Path, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if attention == "flash4":
         skip_without_flash4()
+        monkeypatch.setattr("graphengine.attention.flash4.MIN_MEAN_LENGTH", 1)
     requests = long_requests(50)
     with flash_llm(flash_checkpoint, max_num_batched_tokens=300, attention=attention) as llm:
         assert llm.attention == attention
         clean = run(llm, requests)
         poison(llm)
         assert run(llm, requests) == clean
+
+
+def test_auto_prefills_by_flash4_as_if_it_were_named(
+    flash_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And a folder of tuning goes on with what began with it."""
+    skip_without_flash4()
+    monkeypatch.setattr("graphengine.attention.flash4.MIN_MEAN_LENGTH", 1)
+    requests = long_requests(50)
+    results = []
+    for attention in ("auto", "flash4"):
+        with flash_llm(flash_checkpoint, attention=attention, tuning=str(tmp_path)) as llm:
+            assert llm.attention == "flash4"
+            results.append(run(llm, requests))
+    assert results[0] == results[1]
+    begun = json.loads(next(tmp_path.glob("*.json")).read_text())["ways"]
+    assert begun["attention"] == "flash4"
+    monkeypatch.setattr("graphengine.attention.flash4_kernels.VERSION", "4.0.0")
+    with pytest.raises(BackendError, match="begin anew"):
+        flash_llm(flash_checkpoint, attention="auto", tuning=str(tmp_path))
 
 
 # --- no hidden stop

@@ -13,14 +13,23 @@ from graphengine.errors import BackendError
 __all__ = ["AttentionBackend", "DecodeMetadata", "PrefillMetadata", "make_attention"]
 
 
-def make_attention(name: str, device: torch.device) -> AttentionBackend:
-    """The backend called `name`; "auto" is "flash" on CUDA and "reference" elsewhere.
+def make_attention(
+    name: str,
+    device: torch.device,
+    *,
+    head_dim: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> AttentionBackend:
+    """The backend called `name`; "auto" is "flash" on CUDA and "reference" elsewhere, but "flash4"
+    on Hopper for a head_dim and dtype that it takes, where exactly the packages are installed that
+    it is written for. Should it then not run, a warning says so and all is as with "flash".
 
     Raises BackendError for "flash" or "flash4" where it cannot run or is not installed: a silent
-    fallback would be a slow path nobody asked for. "auto" is never "flash4": it costs seconds of
-    the start, and what is installed should not decide how a job's numbers round."""
+    fallback would be a slow path nobody asked for."""
     if name == "auto":
         name = "flash" if device.type == "cuda" else "reference"
+        if FlashAttention4.takes(device, head_dim=head_dim, dtype=dtype):
+            return FlashAttention4(device, or_flash=True)
     if name == "reference":
         return ReferenceAttention()
     if device.type != "cuda":

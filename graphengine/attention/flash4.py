@@ -1,20 +1,17 @@
-"""How does a prefill run by FlashAttention 4, on Hopper? Single queries stay with `flash`: those of
-decode steps, and of a prefill's last layer.
+"""How does a prefill run by FlashAttention 4, on Hopper? Where its queries are many, by its kernels
+(see `flash4_kernels`); short chunks and single queries stay with `flash`.
 
-flash-attn 4 (package flash-attn-4, module flash_attn.cute) is compiled when it is first called: the
-import and that take seconds of a start, so nobody gets it without asking. What a kernel is compiled
-for is the compile_key of its interface.py: dtype, heads, whether there is a window, and nothing
-that changes from step to step as it is called here. So `ModelRunner.run_largest_steps` compiles all
-there will be.
+What a kernel is compiled for does not change from step to step, so `ModelRunner.run_largest_steps`,
+and the rehearsal before it, want all there will be.
 
 Letters: N tokens, S sequences, T keys, H query heads, K kv heads, D head dim.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+import functools
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -22,19 +19,35 @@ from torch import Tensor
 
 from graphengine.attention.base import DecodeMetadata, PlannedDecode, PrefillMetadata
 from graphengine.attention.flash import FlashAttention
+from graphengine.attention.flash4_kernels import Kind, Launch, imported, installed, kept
 from graphengine.errors import BackendError
+from graphengine.kernels import ahead
+from graphengine.kernels.linked import LinkError
 
-_PACKAGE = "flash-attn-4"
+_log = logging.getLogger(__name__)
 # Of Hopper: other generations have other kernels, not measured here.
 _MAJOR_CAPABILITY = 9
 _HEAD_DIMS = (64, 128)
+_DTYPES = (torch.bfloat16, torch.float16)
+# Tokens of a chunk, in the mean of a prefill's, from which on flash-attn 4 is ahead. On an H200, of
+# 8,192 tokens in all, heads 32/8/128, 16/8/128, 32/8/64 and 40/8/128, flash-attn 2 and 4 took us:
+# chunks of 512 203/194, 110/117, 142/110, 333/241; of 1,024 283/191, 156/113, 202/136, 554/339; of
+# 256 145/188, 76/113, 94/117, 242/181. Those of 4 were with its own interface, which takes the host
+# 110.
+MIN_MEAN_LENGTH = 512
 # interface.py: above BIN_BATCH_SEARCH_THRESH sequences another kernel is compiled. A prefill of so
-# many has short ones, whose attention costs little either way.
+# many has short ones.
 _MAX_SEQUENCES = 256
+_TOKENS_TO_TRY = 8
+# A model has a kind of kernel with a window and one without.
+_NUM_COMPILERS = 2
 
 
 class FlashAttention4:
     """AttentionBackend on flash-attn 4 and 2: Hopper, bfloat16 or float16, head dim 64 or 128.
+
+    The two round differently, and which one a chunk runs by depends on what is prefilled with it:
+    4 where the mean length of the chunks is min_mean_length or more, 2 below.
 
     Keys of earlier chunks are copied out of the cache, 2 * T * K * D elements while a layer runs:
     the paged kernel needs pages of 128 tokens and reads slots that were never written."""
@@ -43,16 +56,52 @@ class FlashAttention4:
     default_block_size = FlashAttention.default_block_size
     reads_key_slots = True
 
-    def __init__(self, device: torch.device) -> None:
-        """Raises BackendError off Hopper, or if flash-attn 4 or 2 cannot be imported."""
-        capability = torch.cuda.get_device_capability(device)
-        if capability[0] != _MAJOR_CAPABILITY:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        or_flash: bool = False,
+        instead: str = 'choose attention "flash"',
+    ) -> None:
+        """or_flash: where a kernel turns out not to be had, a warning says why and all is as with
+        "flash", the name too; else a BackendError does. instead: what to do, if not install it.
+
+        Raises BackendError off Hopper, where the packages are not installed that this is written
+        for, or flash-attn 2 cannot be imported. Nothing of flash-attn 4 is imported."""
+        self.min_mean_length = MIN_MEAN_LENGTH
+        self._instead = instead
+        self._device = device
+        self._capability = torch.cuda.get_device_capability(device)
+        major, minor = self._capability
+        if major != _MAJOR_CAPABILITY:
             raise BackendError(
                 f'attention "flash4" needs compute capability {_MAJOR_CAPABILITY}.x, this GPU has '
-                f'{capability[0]}.{capability[1]}; choose attention "flash"'
+                f"{major}.{minor}; {instead}"
             )
+        try:
+            installed()
+        except BackendError as error:
+            raise self._error(error) from error
         self._flash = FlashAttention()
-        self._varlen = _import_varlen()
+        self._or_flash = or_flash
+        self._compilers = ThreadPoolExecutor(_NUM_COMPILERS)
+        self._begun: dict[Kind, Future[Launch]] = {}
+        self._ready: dict[Kind, Launch] = {}
+        self._imported: Launch | None = None
+
+    @staticmethod
+    def takes(device: torch.device, *, head_dim: int | None, dtype: torch.dtype | None) -> bool:
+        """Whether this runs such a model here, with what is installed beside flash-attn 2. None is
+        not known, and not taken."""
+        if device.type != "cuda" or head_dim not in _HEAD_DIMS or dtype not in _DTYPES:
+            return False
+        if torch.cuda.get_device_capability(device)[0] != _MAJOR_CAPABILITY:
+            return False
+        try:
+            installed()
+        except BackendError:
+            return False
+        return True
 
     def check(
         self, *, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
@@ -62,7 +111,7 @@ class FlashAttention4:
         if head_dim not in _HEAD_DIMS:
             raise BackendError(
                 f'the model\'s head_dim is {head_dim}; attention "flash4" needs '
-                f'{" or ".join(map(str, _HEAD_DIMS))}, choose attention "flash"'
+                f"{' or '.join(map(str, _HEAD_DIMS))}, {self._instead}"
             )
 
     def planned_decode(self, **shape: Any) -> PlannedDecode | None:
@@ -81,26 +130,35 @@ class FlashAttention4:
         window: int | None,
     ) -> Tensor:
         """See AttentionBackend. A sequence with NaN or infinite values can spoil its neighbours:
-        the kernel multiplies them by zero."""
+        the kernel multiplies them by zero. In a rehearsal, see `ahead`, it is not launched, but
+        will be compiled; elsewhere the first of its kind blocks until it is."""
+        num_sequences = metadata.cu_seqlens_q.shape[0] - 1
+        is_short = q.shape[0] < self.min_mean_length * num_sequences
         # Mostly flash-attn 2 splits the keys of a single query. This one does not.
-        if metadata.max_seqlen_q == 1 or metadata.cu_seqlens_q.shape[0] - 1 > _MAX_SEQUENCES:
+        is_single = metadata.max_seqlen_q == 1
+        launch = None
+        if not (is_short or is_single or num_sequences > _MAX_SEQUENCES):
+            _, num_heads, head_dim = q.shape
+            group = num_heads // k_cache.shape[2]
+            kind = Kind(q.dtype, head_dim, group, window is not None, self._capability)
+            if ahead.is_rehearsal():
+                self._rehearse(kind)
+                return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            launch = self._launch(kind)
+        if launch is None:
             return self._flash.prefill(q, k, v, k_cache, v_cache, metadata, window=window)
         if metadata.has_context:
             assert metadata.key_slots is not None
             k = k_cache.flatten(0, 1).index_select(0, metadata.key_slots)  # [T, K, D]
             v = v_cache.flatten(0, 1).index_select(0, metadata.key_slots)
-        # max_seqlen_q is left out: with it, short prompts would be compiled for apart.
-        out, _ = self._varlen(
+        return launch(
             q,
             k,
             v,
             cu_seqlens_q=metadata.cu_seqlens_q,
             cu_seqlens_k=metadata.cu_seqlens_k,
-            softmax_scale=q.shape[-1] ** -0.5,
-            causal=True,
-            window_size=(None, None) if window is None else (window - 1, 0),
+            window=window,
         )
-        return out
 
     def decode(
         self,
@@ -114,26 +172,73 @@ class FlashAttention4:
         """See FlashAttention: flash-attn 4 splits no context on Hopper."""
         return self._flash.decode(q, k_cache, v_cache, metadata, window=window)
 
+    def _rehearse(self, kind: Kind) -> None:
+        if kind not in self._begun:
+            self._begin(kind)
+            ahead.want(functools.partial(self._launch, kind))
 
-def _import_varlen() -> Callable[..., tuple[Tensor, Tensor | None]]:
-    remedy = (
-        'install it after flash-attn, whose folder it shares, with: pip install "graphengine'
-        '[flash4]", or choose attention "flash"'
-    )
-    # flash-attn 2 brings a folder flash_attn/cute too, an early state of it.
+    def _begin(self, kind: Kind) -> Future[Launch]:
+        begun = self._begun.get(kind)
+        if begun is None:
+            begun = self._begun[kind] = self._compilers.submit(kept, kind)
+        return begun
+
+    def _launch(self, kind: Kind) -> Launch | None:
+        """What launches it; None where flash-attn 2 has taken over. Blocks until it is ready."""
+        if self.name == FlashAttention.name:
+            return None
+        launch = self._ready.get(kind)
+        if launch is not None:
+            return launch
+        try:
+            launch = self._kept_or_imported(kind)
+            _try(launch, kind, self._device)
+        except BackendError as error:
+            said = self._error(error)
+            if not self._or_flash:
+                raise said from error
+            _log.warning('%s. Until then it is "flash"', said)
+            self.name = FlashAttention.name
+            self.reads_key_slots = False
+            return None
+        self._ready[kind] = launch
+        return launch
+
+    def _kept_or_imported(self, kind: Kind) -> Launch:
+        if self._imported is None:
+            try:
+                return self._begin(kind).result()
+            except LinkError as error:
+                _log.warning(
+                    "kernels of flash-attn 4 cannot be kept: %s. So each start imports it, which "
+                    "takes about ten seconds, and each of its calls 0.1 ms; mend that, or %s",
+                    error,
+                    self._instead,
+                )
+                self._imported = imported()
+        return self._imported
+
+    def _error(self, error: BackendError) -> BackendError:
+        return BackendError(
+            f'attention "flash4": {error}; install it after flash-attn, whose folder it shares, '
+            f'with: pip install "graphengine[flash4]", or {self._instead}'
+        )
+
+
+def _try(launch: Launch, kind: Kind, device: torch.device) -> None:
+    """Launches it once, which loads it to the GPU. Raises BackendError where a driver, say, is too
+    old for it."""
     try:
-        version(_PACKAGE)
-    except PackageNotFoundError as error:
-        raise BackendError(
-            f'attention "flash4" needs {_PACKAGE}, which is not installed; {remedy}'
-        ) from error
-    # Whatever is wrong with it or with the compiler under it, RuntimeError among others.
-    try:
-        varlen = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BackendError(
-            f'attention "flash4" needs {_PACKAGE}, which cannot be imported ({reason}); {remedy}'
-        ) from error
-    assert callable(varlen)
-    return varlen  # type: ignore[no-any-return]
+        q, k = (
+            torch.zeros(_TOKENS_TO_TRY, num_heads, kind.head_dim, dtype=kind.dtype, device=device)
+            for num_heads in (kind.group, 1)
+        )
+        borders = torch.tensor([0, _TOKENS_TO_TRY], dtype=torch.int32, device=device)
+        window = 1 if kind.has_window else None
+        launch(q, k, k, cu_seqlens_q=borders, cu_seqlens_k=borders, window=window)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of tvm_ffi: any kind
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) < 200 else f"{reason[:100]} ... {reason[-100:]}"
+        raise BackendError(f"a kernel of flash-attn 4 cannot be launched ({reason})") from error
