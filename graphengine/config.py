@@ -32,10 +32,10 @@ class EngineConfig:
     tokenizer: directory or hub id; None takes the model's. skip_tokenizer_init: token ids only.
     dtype: "auto" is the checkpoint's on CUDA and float32 on the CPU. device: "auto" prefers CUDA.
     attention: "auto" is "flash" on CUDA (an error without flash-attn) and "reference" on the CPU.
-    "flash4" prefills with flash-attn 4 where the chunks have 512 tokens or more in the mean, which
-    is faster there, and rounds otherwise. On Hopper, in bfloat16 or float16 with heads of 64 or
-    128, "auto" is "flash4" where exactly the version of the extra flash4 is installed; should its
-    kernels then not compile or run, a warning says so and it is "flash".
+    "flash4" prefills with flash-attn 4 where the chunks have 256 tokens or more in the mean, which
+    is faster there, and rounds otherwise. On Hopper, in bfloat16 with heads of 64 or 128, "auto" is
+    "flash4" where exactly the version of the extra flash4 is installed; should its kernels then not
+    compile, be kept or run, a warning says so and it is "flash".
     load_format: "dummy" gives seeded random weights and reads config.json only.
     max_model_len: tokens of prompt and output together; None takes the model's limit.
     max_num_seqs: sequences running at once, the largest decode bucket; at most MAX_NUM_SEQS.

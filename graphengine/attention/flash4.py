@@ -28,13 +28,11 @@ _log = logging.getLogger(__name__)
 # Of Hopper: other generations have other kernels, not measured here.
 _MAJOR_CAPABILITY = 9
 _HEAD_DIMS = (64, 128)
-_DTYPES = (torch.bfloat16, torch.float16)
 # Tokens of a chunk, in the mean of a prefill's, from which on flash-attn 4 is ahead. On an H200, of
 # 8,192 tokens in all, heads 32/8/128, 16/8/128, 32/8/64 and 40/8/128, flash-attn 2 and 4 took us:
-# chunks of 512 203/194, 110/117, 142/110, 333/241; of 1,024 283/191, 156/113, 202/136, 554/339; of
-# 256 145/188, 76/113, 94/117, 242/181. Those of 4 were with its own interface, which takes the host
-# 110.
-MIN_MEAN_LENGTH = 512
+# chunks of 128 101/110, 60/64, 68/82, 118/140; of 256 140/111, 80/64, 94/89, 173/142; of 512
+# 199/132, 115/74, 142/96, 240/172 (perf/results/2026-11-28-h200-5-flash4-lengths.json).
+MIN_MEAN_LENGTH = 256
 # interface.py: above BIN_BATCH_SEARCH_THRESH sequences another kernel is compiled. A prefill of so
 # many has short ones.
 _MAX_SEQUENCES = 256
@@ -91,9 +89,10 @@ class FlashAttention4:
 
     @staticmethod
     def takes(device: torch.device, *, head_dim: int | None, dtype: torch.dtype | None) -> bool:
-        """Whether this runs such a model here, with what is installed beside flash-attn 2. None is
-        not known, and not taken."""
-        if device.type != "cuda" or head_dim not in _HEAD_DIMS or dtype not in _DTYPES:
+        """Whether "auto" is this for such a model here, by what is installed beside flash-attn 2.
+        None is not known, and not taken; nor is float16, whose values a prompt may drive to
+        infinity, which would spoil its neighbours (see `prefill`)."""
+        if device.type != "cuda" or head_dim not in _HEAD_DIMS or dtype != torch.bfloat16:
             return False
         if torch.cuda.get_device_capability(device)[0] != _MAJOR_CAPABILITY:
             return False
@@ -209,6 +208,8 @@ class FlashAttention4:
             try:
                 return self._begin(kind).result()
             except LinkError as error:
+                if self._or_flash:
+                    raise BackendError(f"its kernels cannot be kept ({error})") from error
                 _log.warning(
                     "kernels of flash-attn 4 cannot be kept: %s. So each start imports it, which "
                     "takes about ten seconds, and each of its calls 0.1 ms; mend that, or %s",
