@@ -107,8 +107,8 @@ class StepPipeline:
             clock=clock,
         )
         self.num_banks = num_banks
-        # Bucket and rows of each bank's last step: what follows them in it is padding.
-        self._padded: dict[int, tuple[int, int]] = {}
+        # Rows of each bank's last step: what follows them, in their bucket, is padding.
+        self._padded: dict[int, int] = {}
         # By bucket and bank.
         self.buffers = {
             (size, bank.index): StaticBuffers(
@@ -130,10 +130,11 @@ class StepPipeline:
         bucket = self.ladder.pick(num_rows)
         bank = self._banks.open()
         inputs = self.buffers[bucket, bank.index].host_inputs
-        if num_rows < bucket and self._padded.get(bank.index) != (bucket, num_rows):
+        # Taken out first: should the padding be cut off, the next step's is written whole.
+        if self._padded.pop(bank.index, None) != num_rows and num_rows < bucket:
             for field in self._fields:
                 inputs[field.name][num_rows:] = field.pad
-        self._padded[bank.index] = (bucket, num_rows)
+        self._padded[bank.index] = num_rows
         return Step(bank, num_rows, bucket, inputs)
 
     def launch(self, step: Step, execute: Callable[[], None]) -> None:

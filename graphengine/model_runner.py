@@ -224,7 +224,8 @@ class ModelRunner:
 
     def _launch_decode(self, batch: DecodeBatch, table: SequenceTable) -> Launched:
         step = self._runner.open(len(batch.rows))
-        filled = self._filled.get(step.bank.index)
+        # Taken out first: should the fill be cut off, the next one is whole.
+        filled = self._filled.pop(step.bank.index, None)
         self._filled[step.bank.index] = fill_decode(step.inputs, batch, table, filled)
         self._runner.launch(step)
         return Launched(batch, lambda: cast(TokenIds, self._runner.wait(step)[TOKEN_IDS]))

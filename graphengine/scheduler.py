@@ -16,7 +16,7 @@ import numpy.typing as npt
 from graphengine.block_manager import BlockManager
 from graphengine.request import FinishReason, Sequence
 from graphengine.sequence_table import Rows, SequenceTable
-from graphengine.stretches import StepStretch, TokenStretch
+from graphengine.stretches import StepStretch, TokenStretch, are_others
 
 # Free blocks an admission must leave, as a share of the running sequences: each of them needs one
 # more block every block_size steps, and the sequence admitted last is the first to be preempted.
@@ -26,14 +26,14 @@ _WATERMARK_SHARE = 4
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
     """One token for each sequence in `rows`: seq_idx int64 [n]; epochs int64 [n]. num_released: of
-    the table, then. context_lens: int32 [n], with this token. num_steps_left: how many steps of the
-    same rows may follow this one before one of them comes to another block."""
+    the table, then. context_lens: int32 [n], with this token. num_steps_left: so many steps of the
+    same rows at least may follow this one before one of them comes to another block."""
 
     rows: Rows
     epochs: Rows
     num_released: int
     context_lens: npt.NDArray[np.int32]
-    num_steps_left: int = 0
+    num_steps_left: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Scheduler:
         else. Steps must be committed in the order they were scheduled.
         """
         table = self._table
-        if self._is_kept(batch, token_ids):
+        if self._keep(batch, token_ids):
             return batch.rows, []
         self._write_tokens()
         rows, ids = batch.rows, token_ids
@@ -135,53 +135,61 @@ class Scheduler:
         if num_ended == 0:
             return rows, finished
         are_stops = [False] * num_ended if stopped is None else stopped[ended].tolist()
-        for idx, token_id, is_stop in zip(
-            rows[ended].tolist(), ids[ended].tolist(), are_stops, strict=True
-        ):
+        lines = rows[ended].tolist()
+        self._leave(lines)
+        for idx, token_id, is_stop in zip(lines, ids[ended].tolist(), are_stops, strict=True):
             reason = FinishReason.STOP if is_stop else FinishReason.LENGTH
             sequence = table.sequences[idx]
             assert sequence is not None
             given = is_stop and token_id in sequence.params.stop_token_ids
-            finished.append(self.finish(idx, reason, stop_reason=token_id if given else None))
+            finished.append(self._end(idx, reason, token_id if given else None))
         return rows[~ended], finished
 
     def finish(
         self, idx: int, reason: FinishReason, *, stop_reason: int | str | None = None
     ) -> Sequence:
         """Ends a sequence that holds line `idx` and frees its blocks and line."""
-        table = self._table
         self._write_tokens()
+        self._leave([idx])
+        return self._end(idx, reason, stop_reason)
+
+    def _leave(self, lines: list[int]) -> None:
+        """They are no rows of any later step."""
         if self._steps is not None:
-            self._steps.drop([idx])
+            self._steps.drop(lines)
+        self._running = self._running[are_others(self._running, lines)]
+        if self._preempted:
+            self._preempted = [entry for entry in self._preempted if entry[1] not in lines]
+
+    def _end(self, idx: int, reason: FinishReason, stop_reason: int | str | None) -> Sequence:
+        """Of a sequence that has left; its tokens are written."""
+        table = self._table
         sequence = table.sequences[idx]
         assert sequence is not None
         sequence.output_token_ids = table.output_token_ids(idx)
         sequence.finish_reason = reason
         sequence.stop_reason = stop_reason
         self._blocks.free(table.take_blocks(idx))
-        self._running = self._running[self._running != idx]
-        if self._preempted:
-            self._preempted = [entry for entry in self._preempted if entry[1] != idx]
         table.release(idx)
         return sequence
 
-    def _is_kept(self, batch: PrefillBatch | DecodeBatch, token_ids: npt.NDArray[np.int64]) -> bool:
-        """Whether a step's tokens are kept for later: nobody ends by them, and nobody asks for them
-        before."""
+    def _keep(self, batch: PrefillBatch | DecodeBatch, token_ids: npt.NDArray[np.int64]) -> bool:
+        """Keeps a step's tokens for later, if nobody ends by them and nobody asks for them before.
+        Gives whether it does."""
         table = self._table
         if isinstance(batch, PrefillBatch) or batch.num_released != table.num_released:
             return False
         if table.any_stop_strings:
             return False
         if self._tokens is None or self._tokens.rows is not batch.rows:
-            self._write_tokens()
-            # Where rows change from step to step, a stretch costs more than it saves.
+            # Not before the same rows come again: to begin a stretch and write it costs as much as
+            # three steps that write their own, and somebody may end in each.
             is_second = batch.rows is self._last_rows
             self._last_rows = batch.rows
             if not is_second:
                 return False
             self._tokens = TokenStretch(table, batch.rows)
-        return self._tokens.takes(token_ids)
+        return self._tokens.keep(token_ids)
 
     def _write_steps(self) -> None:
         if self._steps is not None:

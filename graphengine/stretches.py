@@ -7,6 +7,7 @@ lines of 256 rows in every step, far apart in memory as they are, takes the host
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Set
 
 import numpy as np
@@ -17,8 +18,13 @@ from graphengine.sequence_table import Rows, SequenceTable
 Counts = npt.NDArray[np.int32]
 
 _NEVER = 2**62
-# Tokens wait in memory of their own for at most so many steps.
-_MOST_STEPS = 64
+# Tokens of at most so many steps are written at once: for 256 rows that takes 0.1 ms.
+_MOST_STEPS = 32
+
+
+def are_others(rows: Rows, lines: list[int]) -> npt.NDArray[np.bool_]:
+    """bool [n]: which of `rows` are none of `lines`."""
+    return rows != lines[0] if len(lines) == 1 else ~np.isin(rows, lines)
 
 
 class StepStretch:
@@ -55,7 +61,7 @@ class StepStretch:
         if not lines:
             return
         self._dropped.update(lines)
-        is_left = self.rows != lines[0] if len(lines) == 1 else ~np.isin(self.rows, lines)
+        is_left = are_others(self.rows, lines)
         self.rows = self.rows[is_left]
         self.epochs = self.epochs[is_left]
         self._computed = self._computed[is_left]
@@ -73,7 +79,7 @@ class StepStretch:
 
     def step(self) -> tuple[Counts, int]:
         """One more step, of one row at least. Gives the lengths with its token, int32 [n], and how
-        many steps may follow before a sequence needs a block."""
+        many steps at least may follow before a sequence needs a block."""
         self._num_steps += 1
         return self._computed + np.int32(self._num_steps), self._blocks_end.first - self._num_steps
 
@@ -89,27 +95,29 @@ class _Dates:
     def __init__(self, rows: Rows, steps: Counts, dropped: Set[int]) -> None:
         """dropped: lines for which nothing is due any more. May grow."""
         order = np.argsort(steps, kind="stable")
-        self._lines: list[int] = rows[order].tolist()
-        self._steps: list[int] = steps[order].tolist()
-        self._start = 0  # of those that are still to come
+        self._lines: deque[int] = deque(rows[order].tolist())
+        self._steps: deque[int] = deque(steps[order].tolist())
         self._dropped = dropped
-        self.first = self._steps[0] if self._steps else _NEVER  # no line's comes sooner
+
+    @property
+    def first(self) -> int:
+        """No line's comes sooner."""
+        return self._steps[0] if self._steps else _NEVER
 
     def take(self, step: int) -> list[int]:
         """The lines whose date has come by `step`, in their order."""
-        start = end = self._start
-        while end < len(self._steps) and self._steps[end] <= step:
-            end += 1
-        self._start = end
-        self.first = self._steps[end] if end < len(self._steps) else _NEVER
-        lines = self._lines[start:end]
-        return [idx for idx in lines if idx not in self._dropped] if self._dropped else lines
+        lines = []
+        while self._steps and self._steps[0] <= step:
+            self._steps.popleft()
+            idx = self._lines.popleft()
+            if idx not in self._dropped:
+                lines.append(idx)
+        return lines
 
     def put(self, lines: list[int], step: int) -> None:
         """A new date for lines that were taken, not before any other's."""
         self._lines += lines
         self._steps += [step] * len(lines)
-        self.first = min(self.first, step)
 
 
 class TokenStretch:
@@ -128,9 +136,9 @@ class TokenStretch:
             stop_ids = table.stop_ids.T[: table.num_stop_places].take(rows, axis=1)
             self._stop_ids = np.where(table.has_stop_ids[rows], stop_ids, -1)
 
-    def takes(self, token_ids: npt.NDArray[np.int64]) -> bool:
-        """Whether the next step's tokens, int64 [n], are kept here: not if a sequence can end by
-        one of them, or too many are here by now. The array must not change any more."""
+    def keep(self, token_ids: npt.NDArray[np.int64]) -> bool:
+        """Keeps the next step's tokens, int64 [n], which must not change any more. Gives whether it
+        does: not if a sequence can end by one of them, or too many are here by now."""
         if len(self._token_ids) >= self._most_steps:
             return False
         if self._stop_ids is not None and (self._stop_ids == token_ids).any():
@@ -145,6 +153,9 @@ class TokenStretch:
         table, rows = self._table, self.rows
         num_steps = len(self._token_ids)
         at = table.num_tokens[rows]
-        columns = at[:, None] + np.arange(num_steps)
-        table.token_ids[rows[:, None], columns] = np.stack(self._token_ids, axis=1)
+        # By flat places, which takes half as long as by two of them.
+        starts = rows * table.token_ids.shape[1] + at
+        places = (starts[:, None] + np.arange(num_steps)).ravel()
+        token_ids = np.stack(self._token_ids, axis=1).astype(np.int32)
+        table.token_ids.reshape(-1)[places] = token_ids.ravel()
         table.num_tokens[rows] = at + num_steps

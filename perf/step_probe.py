@@ -74,14 +74,12 @@ class StepProbe:
         table.block_tables[lines, :per_row] = blocks.reshape(rows, per_row)
 
         def run() -> list[DeviceSpan]:
-            table.num_computed[lines] = first
-            table.num_launched[lines] = first + 1
             before: Launched | None = None
             for context_len in range(first + 1, first + 1 + GRID_STEPS):
-                table.num_computed[lines] = context_len
-                table.num_launched[lines] = context_len + 1
-                context_lens = table.num_computed[lines]
-                batch = DecodeBatch(lines, table.epochs[lines], 0, context_lens)
+                num_steps_left = block_size - 1 - (context_len - 1) % block_size
+                context_lens = np.full(rows, context_len, np.int32)
+                epochs = table.epochs[lines]
+                batch = DecodeBatch(lines, epochs, 0, context_lens, num_steps_left)
                 launched = self._runner.launch(batch, table)
                 if before is not None:
                     before.wait()

@@ -125,6 +125,9 @@ class Rig:
         batch = self.scheduler.schedule()
         self.check()
         if batch is not None:
+            if isinstance(batch, DecodeBatch):
+                room = self.table.num_blocks[batch.rows] * self.table.block_size
+                assert (batch.context_lens <= room).all(), "tokens without a block"
             self.batches.append(batch)
             self.in_flight.append((batch, self.device.launch(batch)))
         return batch

@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -472,6 +473,49 @@ def test_bank_is_reopened_only_after_its_copy_has_passed() -> None:
     for place, (_, verb, bank) in enumerate(log):
         if verb == "fill":
             assert log[place - 1] == ("host", "sync", f"{bank}.copied")
+
+
+def test_padding_that_was_cut_off_is_not_trusted() -> None:
+    """Ctrl-C between two fields, of another bucket in the same memory."""
+    fields = [Field(name, torch.int64, pad=pad) for name, pad in (("a", 0), ("b", -5), ("c", -7))]
+    outputs = [Field("out", torch.int64)]
+    pipeline = StepPipeline(fields, outputs, BucketLadder((8, 16)), CpuStreams(), num_banks=1)
+    runner = EagerRunner(pipeline, lambda _inputs, outputs: outputs["out"].zero_())
+    step = runner.open(9)
+    runner.launch(step)
+    runner.wait(step)
+
+    class CutOff(dict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            if name == "c":
+                raise KeyboardInterrupt
+            return super().__getitem__(name)
+
+    buffers = pipeline.buffers[8, 0]
+    pipeline.buffers[8, 0] = replace(buffers, host_inputs=CutOff(buffers.host_inputs))
+    with pytest.raises(KeyboardInterrupt):
+        runner.open(3)
+    runner.reset()
+    inputs = runner.open(9).inputs
+    for field in fields:
+        assert (inputs[field.name][9:] == field.pad).all()
+
+
+def test_padding_is_written_once_for_steps_of_as_many_rows() -> None:
+    pipeline = StepPipeline(
+        [Field("a", torch.int64, pad=-5)],
+        [Field("out", torch.int64)],
+        BucketLadder((8,)),
+        CpuStreams(),
+        num_banks=1,
+    )
+    runner = EagerRunner(pipeline, lambda _inputs, outputs: outputs["out"].zero_())
+    for num_rows, found in ((3, -5), (3, 1), (4, -5)):
+        step = runner.open(num_rows)
+        assert set(step.inputs["a"][num_rows:].tolist()) == {found}
+        step.inputs["a"][num_rows:] = 1  # as nobody does: to see who writes
+        runner.launch(step)
+        runner.wait(step)
 
 
 def test_event_is_recorded_once_per_use_and_waited_for_after_that() -> None:

@@ -143,7 +143,7 @@ MUTATIONS = {
         Scheduler, Scheduler._preempt, "table.num_computed[idx] = 0", "pass"
     ),
     "a row stays though its sequence has ended": Mutation(
-        Scheduler, Scheduler.finish, "self._steps.drop([idx])", "pass"
+        Scheduler, Scheduler._leave, "self._steps.drop(lines)", "pass"
     ),
     "rows of those that have dropped out stay in a step": Mutation(
         StepStretch, StepStretch.drop, "self._computed = self._computed[is_left]", "pass"
@@ -161,10 +161,10 @@ MUTATIONS = {
         "take(self._num_steps - 1)",
     ),
     "a sequence goes on past its stop token": Mutation(
-        TokenStretch, TokenStretch.takes, "(self._stop_ids == token_ids).any()", "False"
+        TokenStretch, TokenStretch.keep, "(self._stop_ids == token_ids).any()", "False"
     ),
     "a sequence goes on past its length": Mutation(
-        TokenStretch, TokenStretch.takes, ">= self._most_steps", "> self._most_steps"
+        TokenStretch, TokenStretch.keep, ">= self._most_steps", "> self._most_steps"
     ),
     "steps are counted as launched alone": Mutation(
         StepStretch,

@@ -118,13 +118,15 @@ def test_limits_are_measured_at_their_own_points(tmp_path: Path) -> None:
 
 def test_steps_of_a_point_are_at_its_context_and_rows() -> None:
     contexts: list[float] = []
+    places: list[tuple[int, int]] = []
     with LLM("demo", max_num_seqs=4, max_model_len=64, skip_tokenizer_init=True) as llm:
         probe = StepProbe(llm)
         launch = llm._runner.launch
 
         def watched(batch: DecodeBatch, table: SequenceTable) -> Launched:
             assert len(batch.rows) == 3
-            contexts.extend(table.num_computed[batch.rows].tolist())
+            contexts.extend(batch.context_lens.tolist())
+            places.append((batch.num_steps_left, int(batch.context_lens[0]) % llm.block_size))
             launched = launch(batch, table)
             assert (table.block_tables[batch.rows, :2] > 0).all()
             return launched
@@ -132,6 +134,9 @@ def test_steps_of_a_point_are_at_its_context_and_rows() -> None:
         llm._runner.launch = watched  # type: ignore[method-assign,assignment]
         spans = probe.steps(3, 30)()
     assert sum(contexts) / len(contexts) == 30.5
+    # A context that fills its block has no step left in it; one that begins one, all but its own.
+    assert {left for left, place in places if place == 0} == {0}
+    assert {left for left, place in places if place == 1} == {llm.block_size - 1}
     assert all(a.end_s <= b.start_s for a, b in itertools.pairwise(spans))
 
 
