@@ -263,12 +263,14 @@ class ModelRunner:
     def run_largest_steps(self, table: SequenceTable, *, max_context: int) -> None:
         """Runs the largest steps there are, on the null block only: what memory they take is what
         any step takes at most. A prefill of many short prompts, one of the last chunk of a prompt
-        of `max_context` tokens, the largest whose MLP is cuBLAS's, all by few layers, and a decode
-        step of every row. Blocks until done."""
+        of `max_context` tokens, where keys are copied one with the most of them, the largest whose
+        MLP is cuBLAS's, all by few layers, and a decode step of every row. Blocks until done."""
         num_tokens, _ = self._max_prefill
         self._run_null_prefills(table, num_tokens)
         start = max(0, max_context - num_tokens)
         self._run_null_prefill(table, np.array([start]), np.array([max_context]))
+        if self._model.attention.reads_key_slots:
+            self._run_null_prefill(table, *self._most_keys(max_context))
         # cuBLAS leaves more between gate, up and SiLU than our own kernel.
         self._run_null_prefills(table, self._largest_prefill(is_left_to_cublas=True))
         self._run_null_decode(self._runner.ladder.max_rows)
@@ -305,6 +307,18 @@ class ModelRunner:
             if (features is None) == is_left_to_cublas:
                 return num_tokens if num_tokens < most else 0
         return 0
+
+    def _most_keys(self, max_context: int) -> tuple[Rows, Rows]:
+        """Starts and ends of the prefill that reads the most: the last token of a prompt of
+        `max_context`, and whole ones."""
+        num_tokens, num_sequences = self._max_prefill
+        rest = num_tokens - 1
+        count = min(num_sequences - 1, -(-rest // max_context))
+        lengths = np.full(count, rest // max(1, count))
+        lengths[: rest - int(lengths.sum())] += 1
+        lengths = np.minimum(lengths, max_context)
+        starts = np.array([max_context - 1, *np.zeros_like(lengths)])
+        return starts, np.array([max_context, *lengths])
 
     def _run_null_prefills(self, table: SequenceTable, num_tokens: int) -> None:
         """Of as many prompts as may be; none of no tokens."""

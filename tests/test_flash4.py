@@ -470,6 +470,33 @@ def test_key_slots_are_made_only_for_attention_that_reads_them(
     assert set(made) == {is_read}
 
 
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 8])
+def test_trial_of_a_start_copies_as_many_keys_as_any_step(
+    max_num_seqs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end of a long prompt beside whole ones."""
+    copied = []
+    prefill = ReferenceAttention.prefill
+
+    def record(self: ReferenceAttention, *args: Any, **kwargs: Any) -> Tensor:
+        if args[5].has_context:
+            copied.append(len(args[5].key_slots))
+        return prefill(self, *args, **kwargs)
+
+    monkeypatch.setattr(ReferenceAttention, "prefill", record)
+    monkeypatch.setattr(ReferenceAttention, "reads_key_slots", True)
+    options = {"max_model_len": 64, "max_num_batched_tokens": 32, "max_num_seqs": max_num_seqs}
+    with LLM("demo", device="cpu", **options) as llm:
+        with llm._runner.exclusive():
+            llm._runner.run_largest_steps(llm._table, max_context=64)
+        tried = max(copied)
+        copied.clear()
+        prompts = ["1+" * (length // 2) for length in (62, 30, 62, 44, 62, 2, 50, 60) * 4]
+        llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=1))
+    assert max(copied) <= tried
+    assert tried == 64 + (31 if max_num_seqs > 1 else 0)
+
+
 def test_only_flash4_reads_key_slots() -> None:
     backends = (FlashAttention4, FlashAttention, ReferenceAttention)
     assert [backend.reads_key_slots for backend in backends] == [True, False, False]

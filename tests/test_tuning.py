@@ -701,6 +701,8 @@ def test_first_start_measures_and_the_second_reads(
     assert measured == [32], "once, and for each bucket beyond the chain"
     assert outputs == [outputs[0]] * 4
     (cache,), (kept,) = ((tmp_path / "cache").glob("*.json"), own.glob("*.json"))
-    assert read(cache) == read(kept)
+    ways_kept = read(kept)
+    del ways_kept["attention"]  # what a folder goes on with, not what a card does best
+    assert read(cache) == ways_kept
     with gpu_llm(tmp_path, "off") as llm:
         assert "tuning" not in llm.startup_s
