@@ -51,7 +51,8 @@ class EngineConfig:
     first start, takes what is faster than the rule by the product's shape, and keeps it in
     ~/.cache/graphengine/products; a folder is asked first and gets what it lacks, the attention of
     the first start too, which "auto" then is, so that what goes on with it rounds as it began, or
-    is refused; "off" is the rule, and "auto" of attention is not "flash4". Ways differ in how sums round.
+    is refused; "off" is the rule, and "auto" of attention is not "flash4". Ways differ in how sums
+    round.
     async_scheduling: launch step N+1 before waiting for step N; False takes turns.
     trace: file for a Chrome trace of host phases and device work of all streams; None writes none.
     """
