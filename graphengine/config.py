@@ -49,9 +49,10 @@ class EngineConfig:
     enforce_eager: no CUDA graphs; the same step function is called instead.
     tuning: which way each product of a decode step runs in on a GPU. "auto" measures it at the
     first start, takes what is faster than the rule by the product's shape, and keeps it in
-    ~/.cache/graphengine/products; a folder is asked first and gets what it lacks, what attention
-    "auto" came to too, so that what goes on with it rounds as it began, or is refused; "off" is the
-    rule, and "auto" of attention is not "flash4". Ways differ in how sums round.
+    ~/.cache/graphengine/products; a folder is asked first and gets what it lacks, the attention of
+    the first start too, which "auto" then is, so that what goes on with it rounds as it began, or
+    is refused; "off" is the rule, and "auto" of attention is not "flash4". Ways differ in how sums
+    round.
     async_scheduling: launch step N+1 before waiting for step N; False takes turns.
     trace: file for a Chrome trace of host phases and device work of all streams; None writes none.
     """

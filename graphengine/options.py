@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 from typing import Annotated
 
 import typer
@@ -120,10 +119,4 @@ def environment_defaults() -> dict[str, str]:
         # torch's threads sleep while they wait: where other programs want the cores too, spinning
         # ones made the demo 50 times slower on a CPU.
         "OMP_WAIT_POLICY": "PASSIVE",
-        # Where its kernels cannot be linked, flash-attn 4 keeps what it compiled; by itself in
-        # /tmp, where others may write.
-        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",
-        "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": os.path.expanduser(
-            "~/.cache/graphengine/flash-attn-4"
-        ),
     }

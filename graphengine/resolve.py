@@ -18,6 +18,9 @@ from graphengine.errors import BackendError, ConfigError
 from graphengine.metrics import Laps
 from graphengine.model_config import ModelConfig
 
+# What a folder of tuning may say that was begun with: those that round otherwise on one GPU.
+_KEPT = (FlashAttention.name, FlashAttention4.name)
+
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
@@ -118,6 +121,7 @@ def _attention(
         from graphengine.tuning_file import attention_begun_with
 
         begun = attention_begun_with(path)
+        _check_begun(begun, path)
     if begun is None:
         return make_attention(name, device, head_dim=head_dim, dtype=dtype)
     if begun != FlashAttention4.name:
@@ -127,6 +131,17 @@ def _attention(
         instead=f"begin anew, with another folder of tuning (a job: with another output): {path} "
         'says that this began with "flash4", which rounds otherwise than "flash"',
     )
+
+
+def _check_begun(begun: str | None, path: Path) -> None:
+    """Raises BackendError unless it is one that a start may have written, or None."""
+    if begun is not None and begun not in _KEPT:
+        said = repr(begun) if len(begun) <= 40 else f"{begun[:40]!r}..."
+        raise BackendError(
+            f"{path} says that this began with attention {said}, expected one of "
+            f"{', '.join(_KEPT)}; mend it, or begin anew, with another folder of tuning (a job: "
+            "with another output)"
+        )
 
 
 def own_tuning_file(
@@ -161,10 +176,11 @@ def tuned_shape(
 
 
 def keep_attention(resolved: Resolved) -> None:
-    """Writes to the user's own folder which attention "auto" has come to. Raises BackendError where
-    it says another by now, which a process that began at the same time has come to."""
+    """Writes to the user's own folder which attention this runs by, unless that is said there.
+    Raises BackendError where "auto" has come to one and the folder says another by now, which a
+    process that began at the same time has come to; who names an attention gets it."""
     config, name = resolved.config, resolved.attention.name
-    if config.attention != "auto" or resolved.device.type != "cuda":
+    if name not in _KEPT or resolved.device.type != "cuda":
         return
     path = own_tuning_file(config, resolved.model_config, resolved.device, resolved.dtype)
     if path is None:
@@ -173,11 +189,13 @@ def keep_attention(resolved: Resolved) -> None:
 
     shape = tuned_shape(resolved.model_config, device=resolved.device, dtype=resolved.dtype)
     begun = keep_attention_begun_with(path, shape, name)
-    if begun != name:
-        raise BackendError(
-            f'attention is "{name}" here, and "{begun}" in a process that began at the same time '
-            f"with {path}; start this one again, which takes what stands there"
-        )
+    if config.attention != "auto" or begun == name:
+        return
+    _check_begun(begun, path)
+    raise BackendError(
+        f'attention is "{name}" here, and "{begun}" in a process that began at the same time '
+        f"with {path}; start this one again, which takes what stands there"
+    )
 
 
 def _dtype(

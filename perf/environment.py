@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "triton", "flash-attn", "transformers", "numpy")
+_PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-4", "transformers", "numpy")
 _QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 # Of the sum, back to back between two waits for the device.
 _PASSES = 8

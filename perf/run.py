@@ -171,11 +171,12 @@ def _run_group(
 ) -> dict[str, Json]:
     llm = make_llm(path, max(w.max_len(scale) for w in workloads), workloads, scale, options)
     try:
-        capture: Json = {}
+        # What the option has come to, as "auto" may to either.
+        made: Json = {"attention": llm.attention}
         if llm.capture_report is not None:
-            capture["capture_s"] = llm.capture_report.total_s
-            capture["num_buckets"] = len(llm.capture_report.seconds)
-            say(f"{capture['num_buckets']} buckets captured in {capture['capture_s']:.2f} s")
+            made["capture_s"] = llm.capture_report.total_s
+            made["num_buckets"] = len(llm.capture_report.seconds)
+            say(f"{made['num_buckets']} buckets captured in {made['capture_s']:.2f} s")
         measured: dict[str, list[Values]] = {workload.name: [] for workload in workloads}
         details: dict[str, Json] = {}
         probe = StepProbe(llm) if any(w.kind == "grid" for w in workloads) else None
@@ -194,7 +195,7 @@ def _run_group(
                     values, detail = _requests(workload, llm, share, bandwidth)
                 if repeat >= 0:
                     measured[workload.name].append(values)
-                    details[workload.name] = detail | capture
+                    details[workload.name] = detail | made
         return {
             name: {"figures": merge(values), "detail": details[name]}
             for name, values in measured.items()

@@ -309,11 +309,19 @@ def test_nothing_loads_code_or_pickles(module: str) -> None:
             assert called not in ("torch.load", "eval", "exec", "compile"), called
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if layer_of(m) != "top"])
+# Run by itself, in a process of its own, whose environment it sets before it imports a compiler.
+SCRIPT = "graphengine.attention.flash4_compile"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if layer_of(m) != "top" and m != SCRIPT])
 def test_environment_is_read_in_cli_only(module: str) -> None:
     text = MODULES[module].read_text("utf-8")
     assert "os.environ" not in text
     assert "getenv" not in text
+
+
+def test_script_with_an_environment_of_its_own_is_imported_by_nobody() -> None:
+    assert not [m for m in MODULES if SCRIPT in imports(m, at_import=False)]
 
 
 KERNEL_MODULES = [m for m in MODULES if m.startswith(("kernels.", "graphengine.kernels."))]

@@ -275,12 +275,15 @@ def test_meaning_holds_what_decides_a_row_and_nothing_else() -> None:
         {"retry_errors": True},
         {"part_rows": 5},
         {"engine": {"max_num_seqs": 9, "block_size": 8}},
+        {"engine": {"tuning": "elsewhere"}},
     ):
         assert job(**options).meaning() == base, options
     for options in (
         {"engine": {"seed": 1}},
         {"engine": {"dtype": "bfloat16"}},
         {"engine": {"max_model_len": 9}},
+        {"engine": {"tuning": "off"}},
+        {"engine": {"attention": "flash"}},
         {"sampling": {"temperature": 1.0}},
         {"sampling": {"stop": ("a",)}},
         {"template": "a"},

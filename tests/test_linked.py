@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 
 from graphengine.kernels import linked
@@ -78,27 +84,79 @@ def test_damaged_library_is_not_loaded_and_made_anew(path: Path, damage: str) ->
     assert linked.make(other, object_of(2))["answer"]() == 2
 
 
-def test_library_of_another_machine_is_not_loaded(path: Path) -> None:
-    """What the loader refuses, as it is kept."""
+def test_library_that_the_loader_refuses_is_an_error_and_not_made_anew(path: Path) -> None:
+    """As from a home that is mounted noexec: each start would compile."""
     path.parent.mkdir(mode=0o700)
     path.write_bytes((content := b"not ELF") + hashlib.sha256(content).digest())
     path.chmod(0o700)
+    said = rf"{re.escape(str(path))} cannot be loaded \(.*(ELF|short).*\)"
+    with pytest.raises(LinkError, match=said):
+        linked.load(path)
+    with pytest.raises(LinkError, match=said):
+        linked.load_or_make(path, never, longest_s=1.0)
+
+
+def test_what_is_loaded_is_what_was_checked(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another file that takes its name meanwhile is not."""
+    linked.make(path.with_name("other.so"), object_of(12))
+    linked.make(path.with_name("first.so"), object_of(11))
+    shutil.copy(path.with_name("first.so"), path)  # an inode that nothing is loaded of
+    is_as_made = linked._is_as_made
+
+    def then_exchanged(file: int) -> bool:
+        found = is_as_made(file)
+        path.with_name("other.so").replace(path)
+        return found
+
+    monkeypatch.setattr(linked, "_is_as_made", then_exchanged)
+    library = linked.load(path)
+    assert library is not None
+    assert library["answer"]() == 11
+
+
+def test_many_libraries_are_each_their_own(path: Path) -> None:
+    """The loader takes a name that it knows for the library that it knows by it."""
+    paths = [path.with_name(f"{answer}.so") for answer in range(20, 25)]
+    for answer, own in enumerate(paths, 20):
+        assert linked.make(own, object_of(answer))["answer"]() == answer
+    assert [linked.load(own)["answer"]() for own in paths] == list(range(20, 25))  # type: ignore[index]
+
+
+def test_what_is_not_loaded_is_closed(path: Path) -> None:
+    path.parent.mkdir(mode=0o700)
+    path.write_bytes(b"damaged")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        assert linked.load(path) is None
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_pipe_is_not_waited_for(path: Path) -> None:
+    path.parent.mkdir(mode=0o700)
+    os.mkfifo(path)
     assert linked.load(path) is None
 
 
 @pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
-@pytest.mark.parametrize("part", ["folder", "file"])
-def test_what_others_can_write_is_not_loaded(path: Path, part: str, mode: int) -> None:
+def test_what_others_can_write_is_not_loaded(path: Path, mode: int) -> None:
     linked.make(path, object_of(3))
-    (path if part == "file" else path.parent).chmod(mode)
+    path.chmod(mode)
     assert linked.load(path) is None
-    if part == "folder":
-        with pytest.raises(LinkError, match="can be written by others; make it yours alone"):
-            linked.make(path, never)
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
+def test_nothing_is_made_where_others_can_write(path: Path, mode: int) -> None:
+    path.parent.mkdir()
+    path.parent.chmod(mode)
+    said = f"can be written by others: it is of user {os.geteuid()}, mode {mode:04o}, you are"
+    for make in (linked.make, functools.partial(linked.load_or_make, longest_s=1.0)):
+        with pytest.raises(LinkError, match=said):
+            make(path, never)
+    assert list(path.parent.iterdir()) == [], "no lock either: it could be a link to another file"
 
 
 @pytest.mark.parametrize("part", ["folder", "file"])
-def test_what_is_somebody_elses_is_not_loaded(
+def test_what_is_somebody_elses_is_not_used(
     path: Path, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     linked.make(path, object_of(4))
@@ -114,7 +172,68 @@ def test_what_is_somebody_elses_is_not_loaded(
             return is_alone(status)
 
     monkeypatch.setattr(linked, "_is_users_alone", of_another)
-    assert linked.load(path) is None
+    if part == "file":
+        assert linked.load(path) is None
+    else:
+        with pytest.raises(LinkError, match="can be written by others"):
+            linked.make(path, never)
+
+
+def test_one_process_makes_it_and_the_others_load_it(path: Path) -> None:
+    """By threads, whose locks are as those of processes."""
+    made: list[Path] = []
+
+    def compile_to(part: Path) -> None:
+        made.append(part)
+        time.sleep(0.2)
+        object_of(9)(part)
+
+    with ThreadPoolExecutor(4) as pool:
+        loads = [
+            pool.submit(linked.load_or_make, path, compile_to, longest_s=60.0) for _ in range(4)
+        ]
+        assert [load.result()["answer"]() for load in loads] == [9] * 4
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("error", [OSError("no locks"), NotImplementedError()])
+def test_without_locks_each_is_on_its_own(
+    path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def acquire(self: filelock.FileLock, *args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    assert linked.load_or_make(path, object_of(10), longest_s=60.0)["answer"]() == 10
+
+
+def test_lock_is_waited_for_longer_than_a_compiler_may_take(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timeouts = []
+
+    def lock(_path: str, *, timeout: float) -> contextlib.nullcontext[None]:
+        timeouts.append(timeout)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(filelock, "FileLock", lock)
+    linked.load_or_make(path, object_of(13), longest_s=300.0)
+    assert timeouts[0] > 300.0 + linked._LINK_TIMEOUT_S
+
+
+def test_what_killed_processes_left_is_removed_once_it_is_old(path: Path) -> None:
+    path.parent.mkdir(mode=0o700)
+    old, new, other = (path.with_name(name) for name in ("parts-old", "parts-new", "other"))
+    for folder in (old, new, other):
+        folder.mkdir()
+        (folder / "part.o").touch()
+    past = time.time() - 60.0 - linked._LINK_TIMEOUT_S - 10.0
+    for folder in (old, other):
+        os.utime(folder, (past, past))
+    linked.load_or_make(path, object_of(14), longest_s=60.0)
+    assert not old.exists()
+    assert new.exists()
+    assert other.exists()
 
 
 def test_new_folder_is_the_users_alone_whatever_the_umask(path: Path) -> None:

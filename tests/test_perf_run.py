@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import cli
+import perf.environment
 import perf.peers
 import perf.run
 from graphengine import LLM
@@ -40,6 +41,8 @@ def test_run_that_is_cut_short_leaves_what_was_measured(
     assert invoke(output, "--peer", "transformers") == 130
     result = json.loads(output.read_text())
     assert result["workloads"]["latency"]["async"]["figures"]["total_s"]["median"] > 0
+    assert result["config"]["attention"] == "auto"
+    assert result["workloads"]["latency"]["async"]["detail"]["attention"] == "reference"
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
 
 
@@ -148,3 +151,8 @@ def test_host_is_measured_without_the_model() -> None:
     assert (found["num_decode_steps"], found["num_prefill_steps"]) == (6 + 2, 2)
     assert found["median_ms"]["launch"] <= found["slowest_ms"]["launch"][-1]
     assert 0.0 < found["host_ms_per_decode_step"] < found["wall_ms_per_decode_step"]
+
+
+def test_environment_names_both_packages_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perf.environment, "_version", lambda _name: "1.0")
+    assert {"flash-attn", "flash-attn-4"} <= set(perf.environment.environment()["packages"])

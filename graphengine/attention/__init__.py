@@ -8,6 +8,7 @@ from graphengine.attention.base import AttentionBackend, DecodeMetadata, Prefill
 from graphengine.attention.flash import FlashAttention
 from graphengine.attention.flash4 import FlashAttention4
 from graphengine.attention.reference import ReferenceAttention
+from graphengine.config import ATTENTION
 from graphengine.errors import BackendError
 
 __all__ = ["AttentionBackend", "DecodeMetadata", "PrefillMetadata", "make_attention"]
@@ -25,11 +26,13 @@ def make_attention(
     it is written for. Should it then not run, a warning says so and all is as with "flash".
 
     Raises BackendError for "flash" or "flash4" where it cannot run or is not installed: a silent
-    fallback would be a slow path nobody asked for."""
+    fallback would be a slow path nobody asked for; and for a name that there is not."""
     if name == "auto":
         name = "flash" if device.type == "cuda" else "reference"
         if FlashAttention4.takes(device, head_dim=head_dim, dtype=dtype):
             return FlashAttention4(device, or_flash=True)
+    if name not in ATTENTION:
+        raise BackendError(f"attention is {name!r}; choose one of {', '.join(ATTENTION)}")
     if name == "reference":
         return ReferenceAttention()
     if device.type != "cuda":

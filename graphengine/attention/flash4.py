@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from graphengine.attention.base import DecodeMetadata, PlannedDecode, PrefillMetadata
 from graphengine.attention.flash import FlashAttention
-from graphengine.attention.flash4_kernels import Kind, Launch, imported, installed, kept
+from graphengine.attention.flash4_kernels import Kind, Launch, installed, kept
 from graphengine.errors import BackendError
 from graphengine.kernels import ahead
 from graphengine.kernels.linked import LinkError
@@ -37,8 +39,6 @@ MIN_MEAN_LENGTH = 256
 # many has short ones.
 _MAX_SEQUENCES = 256
 _TOKENS_TO_TRY = 8
-# A model has a kind of kernel with a window and one without.
-_NUM_COMPILERS = 2
 
 
 class FlashAttention4:
@@ -79,13 +79,14 @@ class FlashAttention4:
         try:
             installed()
         except BackendError as error:
-            raise self._error(error) from error
+            raise BackendError(
+                f'attention "flash4": {error}; install it after flash-attn, whose folder it '
+                f'shares, with: pip install "graphengine[flash4]", or {instead}'
+            ) from error
         self._flash = FlashAttention()
         self._or_flash = or_flash
-        self._compilers = ThreadPoolExecutor(_NUM_COMPILERS)
         self._begun: dict[Kind, Future[Launch]] = {}
         self._ready: dict[Kind, Launch] = {}
-        self._imported: Launch | None = None
 
     @staticmethod
     def takes(device: torch.device, *, head_dim: int | None, dtype: torch.dtype | None) -> bool:
@@ -179,7 +180,7 @@ class FlashAttention4:
     def _begin(self, kind: Kind) -> Future[Launch]:
         begun = self._begun.get(kind)
         if begun is None:
-            begun = self._begun[kind] = self._compilers.submit(kept, kind)
+            begun = self._begun[kind] = _in_thread(kept, kind)
         return begun
 
     def _launch(self, kind: Kind) -> Launch | None:
@@ -190,40 +191,41 @@ class FlashAttention4:
         if launch is not None:
             return launch
         try:
-            launch = self._kept_or_imported(kind)
+            launch = self._kept(kind)
             _try(launch, kind, self._device)
         except BackendError as error:
-            said = self._error(error)
             if not self._or_flash:
-                raise said from error
-            _log.warning('%s. Until then it is "flash"', said)
+                raise BackendError(f'attention "flash4": {error}; {self._instead}') from error
+            _log.warning(
+                'attention "flash4" cannot be had (%s), it is "flash" here; to choose that ends '
+                "this warning",
+                error,
+            )
             self.name = FlashAttention.name
             self.reads_key_slots = False
             return None
         self._ready[kind] = launch
         return launch
 
-    def _kept_or_imported(self, kind: Kind) -> Launch:
-        if self._imported is None:
-            try:
-                return self._begin(kind).result()
-            except LinkError as error:
-                if self._or_flash:
-                    raise BackendError(f"its kernels cannot be kept ({error})") from error
-                _log.warning(
-                    "kernels of flash-attn 4 cannot be kept: %s. So each start imports it, which "
-                    "takes about ten seconds, and each of its calls 0.1 ms; mend that, or %s",
-                    error,
-                    self._instead,
-                )
-                self._imported = imported()
-        return self._imported
+    def _kept(self, kind: Kind) -> Launch:
+        try:
+            return self._begin(kind).result()
+        except LinkError as error:
+            raise BackendError(f"its kernels cannot be kept: {error}") from error
 
-    def _error(self, error: BackendError) -> BackendError:
-        return BackendError(
-            f'attention "flash4": {error}; install it after flash-attn, whose folder it shares, '
-            f'with: pip install "graphengine[flash4]", or {self._instead}'
-        )
+
+def _in_thread(make: Callable[[Kind], Launch], kind: Kind) -> Future[Launch]:
+    """Of a thread that nobody waits for when the process ends: a compiler takes its time."""
+    made: Future[Launch] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(make(kind))
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=run, name="flash4-compile", daemon=True).start()
+    return made
 
 
 def _try(launch: Launch, kind: Kind, device: torch.device) -> None:

@@ -2,13 +2,16 @@
 
 Run as a script, which needs nothing of this package: flash-attn 4, its compiler and what they
 import take seconds and a gigabyte, which no engine should have to carry. No GPU is needed: tensors
-here have shapes and no memory.
+here have shapes and no memory. What it is told by the environment it sets itself.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
+import os
+import signal
 import sys
 import types
 import warnings
@@ -20,6 +23,35 @@ _NUM_SEQUENCES = 2
 _NUM_KV_HEADS = 2
 # One that every caller gives: the kernel gets it as an argument.
 _WINDOW = 100
+# Of the user's environment these are not for here: they change what is compiled, or where it goes.
+_SETTINGS = ("CUTE_DSL_", "FA_", "FLASH_ATTENTION_", "QUACK_")
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def _end_with(parent: int) -> None:
+    """Has the kernel kill this process when the thread that started it ends. That waits for it, and
+    so lives as long as its process does, or longer than this one."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        sys.exit("who wanted it has ended")
+
+
+def _set_environment(arch: str) -> None:
+    for name in list(os.environ):
+        if name.startswith(_SETTINGS):
+            del os.environ[name]
+    os.environ.update(
+        {
+            "FLASH_ATTENTION_ARCH": f"sm_{arch}",
+            "CUTE_DSL_ARCH": f"sm_{arch}a",
+            "FLASH_ATTENTION_NUM_SMS": "132",  # asked for, and decides nothing on Hopper
+            # What was compiled already could not be written again, and in /tmp others may write.
+            "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
+            "CUTE_DSL_DISABLE_FILE_CACHING": "1",
+            # None is needed, and a context on it would take memory.
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+    )
 
 
 def compile_to(
@@ -73,14 +105,22 @@ def _leave_out_kernels_of_quack() -> None:
 
 
 def main(
-    path: str, dtype: str, head_dim: str, group: str, window: str, name: str, quack: str
+    path: str,
+    dtype: str,
+    head_dim: str,
+    group: str,
+    window: str,
+    name: str,
+    arch: str,
+    parent: str,
 ) -> int:
-    """window: "window" or "none". quack: "part" or "whole". Gives the exit status; what went wrong
-    is the last line of standard error."""
+    """window: "window" or "none". arch: "90". parent: the process without which this one ends.
+    Gives the exit status; what went wrong is the last line of standard error."""
+    _end_with(int(parent))
+    _set_environment(arch)
     warnings.simplefilter("ignore")
     try:
-        if quack == "part":
-            _leave_out_kernels_of_quack()
+        _leave_out_kernels_of_quack()
         compile_to(
             Path(path),
             dtype=dtype,

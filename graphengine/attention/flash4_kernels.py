@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -42,6 +43,7 @@ _NAME = "func"
 _RUNTIME = "libcute_dsl_runtime.so"
 _SCRIPT = Path(__file__).with_name("flash4_compile.py")
 _COMPILE_TIMEOUT_S = 300
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 class Launch(Protocol):
@@ -90,7 +92,18 @@ def installed() -> dict[str, str]:
 def kept(kind: Kind) -> Launch:
     """The kernel as it was kept, or is now compiled and kept, which takes ten seconds and more.
     Blocks; any thread may call it. Raises LinkError where none can be kept, and BackendError, which
-    says why, where it cannot be compiled."""
+    says why, where it cannot be compiled, or whatever else is not as it was when this was written.
+    """
+    try:
+        return _kept(kind)
+    except (BackendError, linked.LinkError):
+        raise
+    except Exception as error:
+        reason = _short(f"{type(error).__name__}: {error}")
+        raise BackendError(f"a kernel of {PACKAGE} cannot be had ({reason})") from error
+
+
+def _kept(kind: Kind) -> Launch:
     ffi = _import_ffi()
     runtime = _runtime()
     # Before the kernels, which need its functions and do not name it.
@@ -99,49 +112,15 @@ def kept(kind: Kind) -> Launch:
     except OSError as error:
         raise linked.LinkError(f"{runtime} cannot be loaded ({error})") from error
     path = _path(kind, runtime)
-    library = linked.load(path)
-    if library is None:
-        library = linked.make(path, lambda part: _compile(kind, part))
+    library = linked.load_or_make(
+        path, lambda part: _compile(kind, part), longest_s=_COMPILE_TIMEOUT_S
+    )
     try:
         symbol = library[f"__tvm_ffi_{_NAME}"]
     except AttributeError as error:
         raise linked.LinkError(f"{path} has no such function ({error})") from error
     address = ctypes.cast(symbol, ctypes.c_void_p).value
     return _launch(ffi.Function.__from_extern_c__(address, keep_alive_object=library))
-
-
-def imported() -> Launch:
-    """flash-attn 4's own interface: for where no kernel can be kept. Raises BackendError, which
-    says why, where it cannot be imported."""
-    # Whatever is wrong with it or with the compiler under it, RuntimeError among others.
-    try:
-        varlen = importlib.import_module("flash_attn.cute").flash_attn_varlen_func
-    except Exception as error:
-        raise BackendError(f"{PACKAGE} cannot be imported ({_short(str(error))})") from error
-
-    def launch(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        cu_seqlens_q: Tensor,
-        cu_seqlens_k: Tensor,
-        window: int | None,
-    ) -> Tensor:
-        # max_seqlen_q is left out: with it, short prompts would be compiled for apart.
-        out: Tensor = varlen(
-            q,
-            k,
-            v,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            softmax_scale=q.shape[-1] ** -0.5,
-            causal=True,
-            window_size=(None, None) if window is None else (window - 1, 0),
-        )[0]
-        return out
-
-    return launch
 
 
 def _launch(function: Any) -> Launch:
@@ -197,7 +176,7 @@ def _runtime() -> Path:
     folders = [] if found is None else found.submodule_search_locations or []
     paths = sorted(path for name in folders for path in Path(name).glob(f"cu*/lib/{_RUNTIME}"))
     if not paths:
-        raise linked.LinkError(f"{_RUNTIME} of nvidia-cutlass-dsl is not found")
+        raise linked.LinkError(f"{_RUNTIME} of nvidia-cutlass-dsl is not found; install that again")
     ours = f"cu{str(torch.version.cuda).partition('.')[0]}"
     return next((path for path in paths if path.parts[-3] == ours), paths[-1])
 
@@ -210,7 +189,9 @@ def _path(kind: Kind, runtime: Path) -> Path:
         "script": hashlib.sha256(_SCRIPT.read_bytes()).hexdigest(),
         "kind": str(kind),
         "runtime": runtime.parts[-3],
-        "machine": [platform.machine(), *platform.libc_ver()],
+        # An object has code for the host too, for the very one that it is compiled on; and a home
+        # may be shared by several.
+        "machine": [platform.machine(), *platform.libc_ver(), _cpu_features()],
     }
     key = hashlib.sha256(json.dumps(made_for, sort_keys=True).encode()).hexdigest()
     try:
@@ -219,33 +200,29 @@ def _path(kind: Kind, runtime: Path) -> Path:
         raise linked.LinkError("there is no home directory to keep it in") from error
 
 
+def _cpu_features() -> str:
+    """As Linux tells them on x86; empty elsewhere."""
+    try:
+        with _CPUINFO.open(encoding="utf-8", errors="replace") as lines:
+            return next((line.strip() for line in lines if line.startswith("flags")), "")
+    except OSError:
+        return ""
+
+
 def _compile(kind: Kind, part: Path) -> None:
     major, minor = kind.capability
-    settings = {
-        "FLASH_ATTENTION_ARCH": f"sm_{major}{minor}",
-        "CUTE_DSL_ARCH": f"sm_{major}{minor}a",
-        "FLASH_ATTENTION_NUM_SMS": "132",  # asked for, and decides nothing on Hopper
-        # What was compiled already could not be written again, and in /tmp others may write.
-        "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "0",
-        "CUTE_DSL_DISABLE_FILE_CACHING": "1",
-    }
-    window = "window" if kind.has_window else "none"
-    dtype = str(kind.dtype).removeprefix("torch.")
-    arguments = [str(part), dtype, str(kind.head_dim), str(kind.group), window, _NAME]
-    # No GPU is needed, and a context on it would take memory; of quack a part is. Should a package
-    # of another version want more, it gets all.
-    if _runs({**settings, "CUDA_VISIBLE_DEVICES": ""}, [*arguments, "part"]) is None:
-        return
-    reason = _runs(settings, [*arguments, "whole"])
-    if reason is not None:
-        raise BackendError(f"a kernel of {PACKAGE} cannot be compiled ({reason})")
-
-
-def _runs(settings: dict[str, str], arguments: list[str]) -> str | None:
-    """None if the script ended well, or why not."""
-    told = [f"{name}={value}" for name, value in settings.items()]
-    # -P: nothing is imported from the folder that the user happens to be in.
-    command = ["env", *told, sys.executable, "-P", str(_SCRIPT), *arguments]
+    arguments = [
+        str(part),
+        str(kind.dtype).removeprefix("torch."),
+        str(kind.head_dim),
+        str(kind.group),
+        "window" if kind.has_window else "none",
+        _NAME,
+        f"{major}{minor}",
+        str(os.getpid()),
+    ]
+    # -P: nothing is imported from the script's folder, whose modules have common names.
+    command = [sys.executable, "-P", str(_SCRIPT), *arguments]
     try:
         done = subprocess.run(
             command,
@@ -256,12 +233,13 @@ def _runs(settings: dict[str, str], arguments: list[str]) -> str | None:
             timeout=_COMPILE_TIMEOUT_S,
             check=False,
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return _short(str(error))
-    if done.returncode == 0:
-        return None
-    lines = done.stderr.strip().splitlines()
-    return _short(lines[-1] if lines else f"exit status {done.returncode}")
+    except subprocess.TimeoutExpired as error:
+        reason = f"it took over {_COMPILE_TIMEOUT_S} s"
+        raise BackendError(f"a kernel of {PACKAGE} cannot be compiled ({reason})") from error
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        reason = _short(lines[-1] if lines else f"exit status {done.returncode}")
+        raise BackendError(f"a kernel of {PACKAGE} cannot be compiled ({reason})")
 
 
 def _short(text: str) -> str:

@@ -34,7 +34,7 @@ _SPEED_OPTIONS = (
     "kv_cache_memory_bytes",
     "num_gpu_blocks_override",
     "enforce_eager",
-    "tuning",
+    "tuning",  # but for "off", under which attention "auto" is another: see `meaning`
     "async_scheduling",
     "trace",
 )
@@ -114,6 +114,8 @@ class JobConfig:
         engine = dataclasses.asdict(self.engine)
         return {
             **{f"engine.{name}": v for name, v in engine.items() if name not in _SPEED_OPTIONS},
+            # None is as if it were not there: what was begun before it was goes on.
+            "engine.tuning": "off" if self.engine.tuning == "off" else None,
             **{
                 f"sampling.{name}": list(value) if isinstance(value, tuple) else value
                 for name, value in dataclasses.asdict(self.sampling).items()
