@@ -182,8 +182,8 @@ class Scheduler:
         if table.any_stop_strings:
             return False
         if self._tokens is None or self._tokens.rows is not batch.rows:
-            # Not before the same rows come again: where somebody ends in each step, a stretch of one
-            # would cost more than a step that writes its own.
+            # Not before the same rows come again: where somebody ends in each step, stretches of
+            # one would cost more than steps that write their own.
             is_second = batch.rows is self._last_rows
             self._last_rows = batch.rows
             if not is_second:

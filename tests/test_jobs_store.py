@@ -366,6 +366,26 @@ def test_manifest_goes_on_under_the_same_and_names_every_difference(tmp_path: Pa
     assert manifest(tmp_path) == first
 
 
+@pytest.mark.parametrize("tuning", [None, "off"])
+def test_job_that_is_older_than_a_name_of_the_config_goes_on(
+    tmp_path: Path, tuning: str | None
+) -> None:
+    first = manifest(tmp_path, has_rows=False)
+    config = {"engine.seed": 0, "template": None, "engine.tuning": tuning}
+    assert manifest(tmp_path, config=config) == first
+
+
+@pytest.mark.parametrize(("begun", "now"), [(None, "off"), ("off", None)])
+def test_job_begun_with_tuning_off_is_not_gone_on_with_otherwise(
+    tmp_path: Path, begun: str | None, now: str | None
+) -> None:
+    config = {"engine.seed": 0, "engine.tuning": begun}
+    manifest(tmp_path, config=config, has_rows=False)
+    assert manifest(tmp_path, config=config)["config"] == config
+    with pytest.raises(OutputError, match=r"config\.engine\.tuning was"):
+        manifest(tmp_path, config={**config, "engine.tuning": now})
+
+
 def test_job_without_rows_may_begin_anew(tmp_path: Path) -> None:
     manifest(tmp_path, has_rows=False)
     changed = {"engine.seed": 5, "template": None}

@@ -114,7 +114,7 @@ class JobConfig:
         engine = dataclasses.asdict(self.engine)
         return {
             **{f"engine.{name}": v for name, v in engine.items() if name not in _SPEED_OPTIONS},
-            # None is as if it were not there: what was begun before it was goes on.
+            # See _SPEED_OPTIONS. None where it is another: how they differ matters to no row.
             "engine.tuning": "off" if self.engine.tuning == "off" else None,
             **{
                 f"sampling.{name}": list(value) if isinstance(value, tuple) else value

@@ -21,6 +21,8 @@ _SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 # Weights are told apart by their headers and by samples: training changes nearly every value.
 _NUM_SAMPLES = 16
 _SAMPLE_BYTES = 64 << 10
+# Names of a config that came later: a job begun before does not say what it had, and goes on.
+_LATER = ("engine.tuning",)
 
 
 def open_manifest(
@@ -50,6 +52,10 @@ def open_manifest(
         with replacing(path) as part:
             part.write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
         return manifest
+    said = begun.get("config")
+    for name in _LATER:
+        if isinstance(said, dict) and name not in said:
+            wanted["config"].pop(name, None)
     differences = _differences(begun, wanted)
     if differences:
         shown = "; ".join(differences[:_MAX_DIFFERENCES])
