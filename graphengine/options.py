@@ -29,7 +29,7 @@ Attention = Annotated[
     typer.Option(
         metavar="|".join(ATTENTION),
         help="auto: flash on CUDA, reference on the CPU. flash4: for long prompts on Hopper, where "
-        "auto is flash4 if it is installed.",
+        "auto is flash4 in bfloat16 if it is installed.",
     ),
 ]
 LoadFormat = Annotated[
