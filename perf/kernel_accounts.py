@@ -23,7 +23,7 @@ _BYTES = 2
 _RULES = (
     ("beside the kernels", r"^Mem(cpy|set)"),
     ("split reduction", r"splitKreduce|splitkv_combine"),
-    ("attention", r"flash_fwd|paged_decode|decode_attention"),
+    ("attention", r"flash_fwd|paged_decode|decode_attention|row_attention"),
     ("chain", r"decode_chain"),
     ("norm", r"rms_norm"),
     ("rope and cache", r"rope_and_cache"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from graphengine.kernels import decode_attention, gated_linear
+from graphengine.kernels import decode_attention, gated_linear, row_attention
 from graphengine.kernels.decode_chain import SOURCE, Params, TensorMap, defines_for
 from graphengine.model_config import ModelConfig
 
@@ -79,6 +79,28 @@ class CpuAttentionLauncher:
         assert self._library.params_bytes() == ctypes.sizeof(params)
         array, count = _writes(self.writes)
         self._library.run(ctypes.byref(params), ctypes.c_uint(self.seed), array, count)
+        self.seed += 1
+
+
+class CpuRowLauncher:
+    """A Launcher of graphengine.kernels.row_attention. seed: of the order in which threads run;
+    each launch has its own. folder: for compiled kernels."""
+
+    def __init__(self, folder: Path) -> None:
+        self.seed = 0
+        self._folder = folder
+        self._libraries: dict[tuple[int, ...], ctypes.CDLL] = {}
+
+    def launch(
+        self, params: row_attention.Params, defines: dict[str, int], num_blocks: int
+    ) -> None:
+        key = tuple(defines.values())
+        if key not in self._libraries:
+            output = self._folder / f"row-{'-'.join(map(str, key))}.so"
+            self._libraries[key] = _compiled("row_attention.cpp", output, defines)
+        library = self._libraries[key]
+        assert library.params_bytes() == ctypes.sizeof(params)
+        library.run(ctypes.byref(params), ctypes.c_int(num_blocks), ctypes.c_uint(self.seed))
         self.seed += 1
 
 

@@ -1,7 +1,6 @@
 """Does decode attention on Hopper give what plain attention gives, and a row alike in any company?
 
-Tolerance: probabilities are rounded to bfloat16, as flash-attn rounds them, and the result is. That
-is up to 2 ** -9 of a value each: 5e-3 of a tensor's norm against float32.
+See decode_cases.py for what the results are compared with.
 """
 
 from __future__ import annotations
@@ -11,14 +10,11 @@ import itertools
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
+from decode_cases import BLOCK_SIZE, BORDERS, CPU, SHAPES, Case, Shape
 from torch import Tensor
-
-from graphengine.attention import DecodeMetadata
-from graphengine.attention.reference import ReferenceAttention
 
 if sys.platform != "linux":
     pytest.skip("cuda-bindings is for Linux here, as in torch", allow_module_level=True)
@@ -32,122 +28,45 @@ from graphengine.kernels import (  # after the skip: imports cuda-bindings
 )
 from graphengine.kernels.decode_attention import TUNING, DecodeAttention, Tuning
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-BLOCK_SIZE = 256
-TOLERANCE = 5e-3
+CUDA = torch.device("cuda")
 # Multiprocessors of an H100 SXM or an H200.
 NUM_MULTIPROCESSORS = 132
 
 
-@dataclass(frozen=True)
-class Shape:
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-    @property
-    def group(self) -> int:
-        return self.num_heads // self.num_kv_heads
-
-    def defines(self, num_blocks: int, tuning: Tuning) -> dict[str, int]:
-        return decode_attention.defines_for(
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            block_size=BLOCK_SIZE,
-            num_blocks=num_blocks,
-            tuning=tuning,
-        )
-
-    def make(
-        self,
-        device: torch.device,
-        launcher: CpuAttentionLauncher | None = None,
-        tuning: Tuning = TUNING,
-    ) -> DecodeAttention:
-        if device.type == "cuda":
-            torch.zeros(1, device=device)  # the driver's functions need the device's context
-        return DecodeAttention(
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            block_size=BLOCK_SIZE,
-            device=device,
-            tuning=tuning,
-            launcher=launcher,
-        )
+def defines(shape: Shape, num_blocks: int, tuning: Tuning) -> dict[str, int]:
+    return decode_attention.defines_for(
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        block_size=BLOCK_SIZE,
+        num_blocks=num_blocks,
+        tuning=tuning,
+    )
 
 
-SHAPES = {
-    "qwen3-0.6b": Shape(16, 8, 128),
-    "llama-8b": Shape(32, 8, 128),
-    "d64": Shape(32, 4, 64),
-    "one-each": Shape(8, 8, 128),
-    "sixteen-each": Shape(32, 2, 128),
-    "seven-each": Shape(28, 4, 128),
-}
+def make(
+    shape: Shape,
+    device: torch.device,
+    launcher: CpuAttentionLauncher | None = None,
+    tuning: Tuning = TUNING,
+) -> DecodeAttention:
+    if device.type == "cuda":
+        torch.zeros(1, device=device)  # the driver's functions need the device's context
+    return DecodeAttention(
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        block_size=BLOCK_SIZE,
+        device=device,
+        tuning=tuning,
+        launcher=launcher,
+    )
 
 
-class Case:
-    """Rows of random queries over random keys and values in scattered blocks. A row is the same in
-    every case of its shape and seed; slots past its end are NaN. A context of 0 stands for a padded
-    row: one token, in the null block 0."""
-
-    def __init__(
-        self, shape: Shape, contexts: list[int], device: torch.device = CPU, seed: int = 0
-    ) -> None:
-        self.shape = shape
-        self.contexts = [max(1, n) for n in contexts]
-        width = max(-(-n // BLOCK_SIZE) for n in self.contexts) + 1
-        num_blocks = 1 + len(contexts) * width
-        generator = torch.Generator().manual_seed(seed)
-        ids = 1 + torch.randperm(num_blocks - 1, generator=generator)
-        tables = ids.view(len(contexts), width)
-        cache_shape = (num_blocks, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
-        caches = torch.full((2, *cache_shape), float("nan"), dtype=torch.bfloat16)
-        caches[:, 0, 0] = 1.0
-        queries = []
-        self.newest = []
-        for row, given in enumerate(contexts):
-            of_row = torch.Generator().manual_seed(1000 * seed + row)
-            q = torch.randn(shape.num_heads, shape.head_dim, generator=of_row)
-            queries.append(2 * q.to(torch.bfloat16))
-            if given == 0:
-                tables[row] = 0
-                continue
-            kv = torch.randn(2, given, *cache_shape[2:], generator=of_row).to(torch.bfloat16)
-            for start in range(0, given, BLOCK_SIZE):
-                part = kv[:, start : start + BLOCK_SIZE]
-                caches[:, tables[row, start // BLOCK_SIZE], : part.shape[1]] = part
-            last = given - 1
-            self.newest.append((int(tables[row, last // BLOCK_SIZE]), last % BLOCK_SIZE))
-        # Strided, as the view of a fused product is.
-        q = torch.full((len(contexts), shape.num_heads + 3, shape.head_dim), float("nan"))
-        self.q = q.to(torch.bfloat16).to(device)[:, : shape.num_heads]
-        self.q.copy_(torch.stack(queries))
-        self.k_cache, self.v_cache = caches.to(device)
-        self.tables = tables.to(torch.int32).to(device)
-        self.lens = torch.tensor(self.contexts, dtype=torch.int32, device=device)
-
-    def run(self, attention: DecodeAttention) -> Tensor:
-        attention.plan(self.tables, self.lens)
-        self.lens.clone()  # a kernel that does not start early: see DecodeAttention.plan
-        return attention.decode(self.q, self.k_cache, self.v_cache)
-
-    def reference(self) -> Tensor:
-        metadata = DecodeMetadata(
-            slot_mapping=torch.zeros(0), block_tables=self.tables, context_lens=self.lens
-        )
-        backend = ReferenceAttention()
-        k_cache, v_cache = self.k_cache.float(), self.v_cache.float()
-        return backend.decode(self.q.float(), k_cache, v_cache, metadata, window=None)
-
-    def check(self, out: Tensor) -> None:
-        exact = self.reference()
-        assert torch.isfinite(out).all()
-        for row, context in enumerate(self.contexts):
-            error = (out[row].float() - exact[row]).norm() / exact[row].norm()
-            assert error < TOLERANCE, f"row {row} of {context} tokens: {error}"
+def run(case: Case, attention: DecodeAttention) -> Tensor:
+    attention.plan(case.tables, case.lens)
+    case.lens.clone()  # a kernel that does not start early: see DecodeAttention.plan
+    return attention.decode(case.q, case.k_cache, case.v_cache)
 
 
 Compiled = Callable[..., tuple[Shape, CpuAttentionLauncher, Tuning]]
@@ -167,7 +86,7 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
             shape = Shape(heads, kv_heads, head_dim)
             tuning = Tuning(**changes)
             output = folder / f"{len(launchers)}.so"
-            launcher = CpuAttentionLauncher(shape.defines(num_blocks, tuning), output=output)
+            launcher = CpuAttentionLauncher(defines(shape, num_blocks, tuning), output=output)
             launchers[key] = shape, launcher, tuning
         return launchers[key]
 
@@ -177,16 +96,9 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
 def run_on_cpu(case: Case, compiled: tuple[Shape, CpuAttentionLauncher, Tuning]) -> Tensor:
     """Queries and newest tokens are NaN until the kernel ahead is waited for."""
     shape, launcher, tuning = compiled
-    attention = shape.make(CPU, launcher, tuning)
-    late = [case.q[row] for row in range(len(case.q))]
-    late += [cache[at] for cache in (case.k_cache, case.v_cache) for at in case.newest]
-    launcher.writes = [(tensor, tensor.clone()) for tensor in late]
-    for tensor in late:
-        tensor.fill_(float("nan"))
-    return case.run(attention)
-
-
-BORDERS = [1, 15, 16, 17, 63, 64, 65, 127, 255, 256, 257, 640]
+    attention = make(shape, CPU, launcher, tuning)
+    launcher.writes = case.hide_late()
+    return run(case, attention)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +163,7 @@ def test_no_block_has_much_more_to_do_than_others(on_cpu: Compiled, contexts: li
     """The end of a row's kv head takes about as long as a tile: a block of short rows has many."""
     shape, launcher, tuning = on_cpu(8, 4, 64, 16)
     launcher.writes = ()
-    attention = shape.make(CPU, launcher, tuning)
+    attention = make(shape, CPU, launcher, tuning)
     case = Case(shape, contexts)
     attention.plan(case.tables, case.lens)
     tile = 16 * tuning.warps
@@ -289,7 +201,7 @@ def test_ends_count_unless_all_rows_are_alike(on_cpu: Compiled) -> None:
     ):
         shape, launcher, tuning = on_cpu(2 * kv_heads, kv_heads, 64, num_blocks)
         launcher.writes = ()
-        attention = shape.make(CPU, launcher, tuning)
+        attention = make(shape, CPU, launcher, tuning)
         case = Case(shape, contexts)
         attention.plan(case.tables, case.lens)
         shares = attention._shares[:-1]
@@ -336,10 +248,10 @@ def test_one_set_of_buffers_serves_any_steps(on_cpu: Compiled) -> None:
     """Counters are zeros again after each launch, and what partials hold is not read again."""
     shape, launcher, tuning = on_cpu(4, 2, 64, num_blocks=7)
     launcher.writes = ()
-    attention = shape.make(CPU, launcher, tuning)
+    attention = make(shape, CPU, launcher, tuning)
     for seed, contexts in enumerate(([300, 900], [900], [64, 1, 700], [300, 900])):
         case = Case(shape, contexts, seed=seed)
-        case.check(case.run(attention))
+        case.check(run(case, attention))
     assert not attention._arrivals.any()
 
 
@@ -388,12 +300,11 @@ def test_other_shapes_are_refused(shape: Shape) -> None:
 def compile_attention(shape: Shape, added: str = "") -> str:
     """The compiler's log of decode_attention.cu with `added` at its end."""
     tuning = TUNING
-    defines = shape.defines(NUM_MULTIPROCESSORS * tuning.blocks_per_sm, tuning)
-    options = nvrtc.options_for(decode_attention.ARCHITECTURE, defines)
+    values = defines(shape, NUM_MULTIPROCESSORS * tuning.blocks_per_sm, tuning)
+    options = nvrtc.options_for(decode_attention.ARCHITECTURE, values)
     options += ["--ptxas-options=-v"]
     source = decode_attention.SOURCE.read_text("utf-8") + added
-    header = decode_attention.HEADER
-    included = {header.name: header.read_text("utf-8")}
+    included = {header.name: header.read_text("utf-8") for header in decode_attention.HEADERS}
     _, log = nvrtc.compile_source(source, "decode_attention.cu", options, included)
     return log
 
@@ -423,22 +334,22 @@ def test_host_and_kernel_agree_on_the_params_and_blocks_fit(name: str) -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_kernel_agrees_with_float32(name: str) -> None:
     shape = SHAPES[name]
-    attention = shape.make(CUDA)
+    attention = make(shape, CUDA)
     many = [[640] * 32, [300] * 64, [5 + 97 * i for i in range(33)]]
     for contexts in ([*BORDERS, 0, 0], [4096, 1, 2500, 0], [1000], [1], *many):
         case = Case(shape, contexts, CUDA)
-        case.check(case.run(attention))
+        case.check(run(case, attention))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_row_is_alike_alone_and_among_others(name: str) -> None:
     shape = SHAPES[name]
-    attention = shape.make(CUDA)
+    attention = make(shape, CUDA)
     contexts = [900, 64, 4096, 1, 130, 77, 1500] + [5 + 97 * i for i in range(25)]
-    all_rows = Case(shape, contexts, CUDA).run(attention).clone()
+    all_rows = run(Case(shape, contexts, CUDA), attention).clone()
     for num_rows in (1, 2, 3, 7, 16):
-        out = Case(shape, contexts[:num_rows], CUDA).run(attention)
+        out = run(Case(shape, contexts[:num_rows], CUDA), attention)
         assert torch.equal(out, all_rows[:num_rows])
 
 
@@ -478,13 +389,13 @@ def test_captured_behind_a_kernel_that_writes_its_inputs() -> None:
     """The kernel begins while the one ahead has yet to write q and the newest tokens, which hold
     NaN until then; contexts change under the graph."""
     shape, num_rows = SHAPES["llama-8b"], 8
-    header = decode_attention.HEADER
+    header = decode_attention.HEADERS[0]
     options = nvrtc.options_for(decode_attention.ARCHITECTURE, {"GRID": 1})
     cubin, _ = nvrtc.compile_source(
         WRITER, "writer.cu", options, {header.name: header.read_text("utf-8")}
     )
     writer = nvrtc.Kernel(lambda: cubin, "writer")
-    attention = shape.make(CUDA)
+    attention = make(shape, CUDA)
     cases = [Case(shape, n, CUDA) for n in ([700] * 8, [65, 1, 4000, 3, 256, 640, 17, 1025])]
 
     def buffer(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -521,7 +432,7 @@ def test_captured_behind_a_kernel_that_writes_its_inputs() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()
-    expected = [case.run(attention).clone() for case in cases]
+    expected = [run(case, attention).clone() for case in cases]
     for _ in range(20):
         for case, exact in zip(cases, expected, strict=True):
             newest = torch.tensor([b * BLOCK_SIZE + slot for b, slot in case.newest], device=CUDA)

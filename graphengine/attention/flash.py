@@ -1,14 +1,14 @@
 """How does attention run on CUDA? FlashAttention 2, or our own kernels where decoding gains by it.
 
-On Hopper, in bfloat16, with heads of 64 or 128 and without a window, `kernels.decode_attention`
-runs steps of up to 64 rows: all blocks have equal shares of the contexts, and it begins before the
-kernel ahead has ended.
+On Hopper, in bfloat16, with heads of 64 or 128: without a window `kernels.decode_attention` runs
+steps of up to 64 rows, in which all blocks have equal shares of the contexts, and it begins before
+the kernel ahead has ended. Steps of more rows are `kernels.row_attention`'s.
 
-Of more rows, and elsewhere: flash-attn gives each program 64 query rows; a decode step has H / K of
-them for a kv head. From 65 rows on `kernels.paged_decode` is ahead, and by most where contexts
-differ in length. With two query heads each so it is for so few rows that flash-attn splits the
-context, which it does by the table's width, not by the context's length. Figures, of Hopper without
-windows alone: perf/LOG.md.
+Elsewhere: flash-attn gives each program 64 query rows; a decode step has H / K of them for a kv
+head. From 65 rows on `kernels.paged_decode` is ahead, and by most where contexts differ in length.
+With two query heads each so it is for so few rows that flash-attn splits the context, which it does
+by the table's width, not by the context's length. Figures, of Hopper without windows alone:
+perf/LOG.md.
 
 Letters: N tokens, B decode rows, H query heads, K kv heads, D head dim.
 """
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 _BLOCK_MULTIPLE = 256  # flash_api.cpp: "Paged KV cache block size must be divisible by 256"
 _MAX_HEAD_DIM = 256
 _MIN_CAPABILITY = (8, 0)
-# paged_decode takes over from so many rows on, with one program for a row and kv head; and, of few
-# query heads a kv head, where there would be fewer programs than 0.8 of an H100's or H200's
-# multiprocessors, with more splits. (With four query heads each it lost 0.7 ms of an 8B step of
-# single kernels.)
+# row_attention or paged_decode takes over from so many rows on, with one program for a row and kv
+# head; and paged_decode, with more splits, of few query heads a kv head, where there would be fewer
+# programs than 0.8 of an H100's or H200's multiprocessors. (With four query heads each it lost 0.7
+# ms of an 8B step of single kernels.)
 _MANY_ROWS = 65
 _FEW_PROGRAMS = 105
 _FEW_HEADS = 2
@@ -184,7 +184,7 @@ class FlashAttention:
             num_rows, num_heads=num_heads, num_kv_heads=k_cache.shape[2], head_dim=head_dim
         )
         if num_splits is not None:
-            return self._paged_decode(q, k_cache, v_cache, metadata, window, num_splits)
+            return self._own_decode(q, k_cache, v_cache, metadata, window, num_splits)
         out: Tensor = self._with_kvcache(
             q[:, None],
             k_cache,
@@ -196,7 +196,7 @@ class FlashAttention:
         )
         return out[:, 0]
 
-    def _paged_decode(
+    def _own_decode(
         self,
         q: Tensor,
         k_cache: Tensor,
@@ -205,9 +205,19 @@ class FlashAttention:
         window: int | None,
         num_splits: int,
     ) -> Tensor:
-        # Imported here: a CPU machine has no Triton.
+        # Imported here: a CPU machine has no Triton, and need not have cuda-bindings.
+        from graphengine.kernels import row_attention
         from graphengine.kernels.paged_decode import paged_decode
 
+        if num_splits == 1 and row_attention.takes(q, k_cache):
+            return row_attention.row_attention(
+                q,
+                k_cache,
+                v_cache,
+                metadata.block_tables,
+                metadata.context_lens,
+                window=window,
+            )
         if self._arrivals is None:
             self._arrivals = torch.zeros(_FEW_PROGRAMS, dtype=torch.int32, device=q.device)
         return paged_decode(
@@ -223,7 +233,7 @@ class FlashAttention:
 
 
 def decode_splits(num_rows: int, *, num_heads: int, num_kv_heads: int, head_dim: int) -> int | None:
-    """Splits of a decode step by `kernels.paged_decode`; None where flash-attn is to run it."""
+    """Splits of a decode step by kernels of ours; None where flash-attn is to run it."""
     if head_dim not in _HEAD_DIMS:
         return None
     if num_rows >= _MANY_ROWS:

@@ -17,34 +17,24 @@
 // and the block that arrives last adds them. So no bit of a row depends on who took what, or on the
 // other rows, among steps of the same max_segments.
 //
-// The products are transposed: K [tokens, D] times Q^T, V^T times P^T, so that the query heads of a
-// kv head are eight columns, not sixteen rows, and a warp's sums fill half as many registers. The
-// online softmax is FlashAttention's (Dao et al., 2022). PTX ISA 8: cp.async, ldmatrix, mma,
-// movmatrix, griddepcontrol; what a lane holds of a matrix is from there.
+// What a warp does with a tile is in attention.cuh. PTX ISA 8: cp.async, griddepcontrol.
 //
 // Set when compiled: GRID, HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, STAGES, WARPS, BLOCKS_PER_SM,
 // LEAST_TILES (of a segment that is not a row's last), END_TILES, MAX_ROWS. Letters: N rows, D head
 // dim, L lines: see Params.
 
-#include <hopper.cuh>
+#define GROUP (HEADS / KV_HEADS)
+#include <attention.cuh>
 
 constexpr int THREADS = WARPS * 32;
-constexpr int STRIP = 16;  // tokens of a tile that are one warp's
+constexpr int STRIP = TILE_TOKENS;  // tokens of a tile that are one warp's
 constexpr int TILE = WARPS * STRIP;
-constexpr int GROUP = HEADS / KV_HEADS;
-constexpr int COLUMNS = (GROUP + 7) / 8;  // eight query heads each
-constexpr int STEPS = HEAD_DIM / 16;
-constexpr int TOKEN_BYTES = HEAD_DIM * 2;
 constexpr int STRIP_BYTES = STRIP * TOKEN_BYTES;
 
-// Sums of a warp in shared memory: a query head's are 8 banks from those of the next but one.
-constexpr int PITCH = HEAD_DIM + 4;
 // Results of a segment: each thread has some of them.
-constexpr int RESULTS = GROUP * HEAD_DIM;
 constexpr int SHARE = (RESULTS + THREADS - 1) / THREADS;
 
-static_assert(HEADS % KV_HEADS == 0 && GROUP <= 16 && (HEAD_DIM == 64 || HEAD_DIM == 128) &&
-                  BLOCK_SIZE % TILE == 0 && STAGES >= 3,
+static_assert(HEADS % KV_HEADS == 0 && BLOCK_SIZE % TILE == 0 && STAGES >= 3,
               "see decode_attention.py");
 
 // Where a block's share of the list of all tiles begins.
@@ -69,7 +59,7 @@ struct Params {
     const int* context_lens;  // at least 1 each
     Share* shares;    // [GRID + 1]
     float* partials;  // [GRID, L, GROUP, HEAD_DIM]
-    float2* stats;    // [GRID, L, GROUP]: largest score and mass
+    float2* stats;    // [GRID, L, GROUP]: base and mass
     int* prefixes;    // [GRID]: segments in the last line
     u32* arrivals;    // zeros before and after; [GRID]: segments of the last line's row written
     long long q_stride, k_block_stride, k_slot_stride, v_block_stride, v_slot_stride;
@@ -80,11 +70,8 @@ struct Params {
 };
 
 constexpr int RING_BYTES = WARPS * STAGES * STRIP_BYTES;
-constexpr int PARTS_BYTES = WARPS * GROUP * PITCH * 4;
-constexpr int STATS_BYTES = WARPS * GROUP * 8;
 constexpr int SHARED_BYTES = RING_BYTES + PARTS_BYTES + STATS_BYTES + 16;
 
-__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xFF800000); }
 
 // --- the cut
 
@@ -250,14 +237,11 @@ struct Loader {
             const int first = place.tile * TILE + strip * STRIP;
             const int num_valid = place.length - first;
             if (is_early && num_valid > 0 && num_valid <= STRIP) wait_for_kernel_before();
-            const long long block = block_id;
             const int slot = first % BLOCK_SIZE;
             if (!is_value) {
-                copy(p.k_cache + block * p.k_block_stride + slot * p.k_slot_stride,
-                     p.k_slot_stride, num_valid);
+                copy(p.k_cache, p.k_block_stride, p.k_slot_stride, slot, num_valid);
             } else {
-                copy(p.v_cache + block * p.v_block_stride + slot * p.v_slot_stride,
-                     p.v_slot_stride, num_valid);
+                copy(p.v_cache, p.v_block_stride, p.v_slot_stride, slot, num_valid);
                 if (place.next_position() < end) {
                     place.advance(p);
                     if (place.tile * TILE % BLOCK_SIZE == 0) find_block();
@@ -271,161 +255,33 @@ struct Loader {
         copies_commit();  // an empty group where there is nothing: they are counted
     }
 
-    // Slots past the context's end were never written and may be NaN: zeros instead.
-    __device__ __forceinline__ void copy(const bf16* from, long long slot_stride, int num_valid) {
-        constexpr int CHUNKS = HEAD_DIM / 8;
-        constexpr int AT_ONCE = 32 / CHUNKS;  // tokens
-        const int chunk = lane % CHUNKS;
-        from += place.head * HEAD_DIM + lane / CHUNKS * slot_stride + chunk * 8;
-        const u32 to = ring + stage * STRIP_BYTES;
-#pragma unroll
-        for (int i = 0; i < STRIP / AT_ONCE; i++) {
-            const int token = lane / CHUNKS + i * AT_ONCE;
-            copy_16(to + token * TOKEN_BYTES + (chunk ^ token % 8) * 16,
-                    from + i * AT_ONCE * slot_stride, token < num_valid ? 16 : 0, policy);
-        }
+    __device__ __forceinline__ void copy(
+        const bf16* cache, long long block_stride, long long slot_stride, int slot,
+        int num_valid) {
+        const bf16* from =
+            cache + block_id * block_stride + slot * slot_stride + place.head * HEAD_DIM;
+        copy_tokens<STRIP>(
+            ring + stage * STRIP_BYTES, from, slot_stride, num_valid, lane, policy);
     }
 };
 
-// --- who computes
-
-// Of one warp: sums over its tokens of a segment. A lane has rows lane / 4 and 8 more of every 16,
-// and columns lane % 4 * 2 and the next of every 8: the layout of an accumulator.
-struct Sums {
-    float values[COLUMNS][STEPS][4];  // [D, query heads]
-    float largest[COLUMNS][2];
-    float mass[COLUMNS][2];  // this lane's tokens only
-
-    __device__ __forceinline__ void clear() {
-#pragma unroll
-        for (int c = 0; c < COLUMNS; c++) {
-#pragma unroll
-            for (int j = 0; j < STEPS; j++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) values[c][j][i] = 0.0f;
-            largest[c][0] = largest[c][1] = minus_infinity();
-            mass[c][0] = mass[c][1] = 0.0f;
-        }
-    }
-};
-
-struct Queries {
-    u32 values[COLUMNS][STEPS][2];
-
-    __device__ __forceinline__ void load(const Params& p, const Place& place, int lane) {
-        const bf16* from = p.q + place.row * p.q_stride + place.head * RESULTS;
-#pragma unroll
-        for (int c = 0; c < COLUMNS; c++) {
-            const int head = c * 8 + lane / 4;
-            const u32* pairs = (const u32*)(from + head * HEAD_DIM) + lane % 4;
-#pragma unroll
-            for (int k = 0; k < STEPS; k++) {
-                values[c][k][0] = head < GROUP ? __ldcg(pairs + k * 8) : 0;
-                values[c][k][1] = head < GROUP ? __ldcg(pairs + k * 8 + 4) : 0;
-            }
-        }
-    }
-};
-
-// weights [tokens, query heads] = powers of two of the scores, as the second product's operand.
-// num_valid: tokens of the strip that are inside the context.
-__device__ __forceinline__ void score(
-    u32 (&weights)[COLUMNS][2], Sums& sums, const Queries& q, u32 keys, float scale,
-    int num_valid, int lane) {
-    float scores[COLUMNS][2][4];  // two sums each: shorter waits
-#pragma unroll
-    for (int c = 0; c < COLUMNS; c++)
-#pragma unroll
-        for (int i = 0; i < 8; i++) scores[c][i / 4][i % 4] = 0.0f;
-    const u32 token = keys + lane % 16 * TOKEN_BYTES;
-#pragma unroll
-    for (int k = 0; k < STEPS; k++) {
-        u32 key[4];
-        load_matrices(key, token + ((k * 2 + lane / 16) ^ lane % 8) * 16);
-#pragma unroll
-        for (int c = 0; c < COLUMNS; c++) multiply_16x8(scores[c][k % 2], key, q.values[c][k]);
-    }
-#pragma unroll
-    for (int c = 0; c < COLUMNS; c++) {
-        float s[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            s[i] = (scores[c][0][i] + scores[c][1][i]) * scale;
-            if (lane / 4 + i / 2 * 8 >= num_valid) s[i] = minus_infinity();
-        }
-        float shrink[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float largest = fmaxf(s[i], s[i + 2]);
-#pragma unroll
-            for (int lanes = 4; lanes < 32; lanes *= 2)
-                largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, lanes));
-            largest = fmaxf(largest, sums.largest[c][i]);
-            // A warp may not have had a token yet: minus infinity less itself would be NaN.
-            const float base = largest == minus_infinity() ? 0.0f : largest;
-            shrink[i] = exp2_fast(sums.largest[c][i] - base);
-            sums.largest[c][i] = largest;
-            s[i] = exp2_fast(s[i] - base);
-            s[i + 2] = exp2_fast(s[i + 2] - base);
-            sums.mass[c][i] = sums.mass[c][i] * shrink[i] + (s[i] + s[i + 2]);
-        }
-        weights[c][0] = transposed(pack_bf16(s[0], s[1]));
-        weights[c][1] = transposed(pack_bf16(s[2], s[3]));
-#pragma unroll
-        for (int j = 0; j < STEPS; j++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) sums.values[c][j][i] *= shrink[i % 2];
-    }
-}
-
-__device__ __forceinline__ void add_values(
-    Sums& sums, const u32 (&weights)[COLUMNS][2], u32 values, int lane) {
-    const u32 token = values + (lane % 8 + lane / 16 * 8) * TOKEN_BYTES;
-#pragma unroll
-    for (int j = 0; j < STEPS; j++) {
-        u32 value[4];
-        load_transposed(value, token + ((j * 2 + lane / 8 % 2) ^ lane % 8) * 16);
-#pragma unroll
-        for (int c = 0; c < COLUMNS; c++) multiply_16x8(sums.values[c][j], value, weights[c]);
-    }
+__device__ __forceinline__ const bf16* queries_of(const Params& p, const Place& place) {
+    return p.q + place.row * p.q_stride + place.head * RESULTS;
 }
 
 // --- who adds up
 
 struct Shared {
     u32 ring;
-    float* parts;    // [WARPS, GROUP, PITCH]
-    float2* stats;   // [WARPS, GROUP]: largest score and mass
+    Parts parts;
     u32* arrived;
 };
 
-__device__ __forceinline__ void write_sums(const Shared& s, const Sums& sums, int warp, int lane) {
-    const int column = lane % 4 * 2;
-#pragma unroll
-    for (int c = 0; c < COLUMNS; c++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            float mass = sums.mass[c][i];
-#pragma unroll
-            for (int lanes = 4; lanes < 32; lanes *= 2) mass += __shfl_xor_sync(~0u, mass, lanes);
-            const int head = c * 8 + column + i;
-            if (head >= GROUP) continue;
-            if (lane < 4) s.stats[warp * GROUP + head] = {sums.largest[c][i], mass};
-            float* to = s.parts + (warp * GROUP + head) * PITCH + lane / 4;
-#pragma unroll
-            for (int j = 0; j < STEPS; j++) {
-                to[j * 16] = sums.values[c][j][i];
-                to[j * 16 + 8] = sums.values[c][j][i + 2];
-            }
-        }
-    }
-}
-
 // Of some segments of a row and kv head, added up: each thread has the results at thread +
-// i * THREADS, lane h of each warp the largest score and the mass of query head h.
+// i * THREADS, lane h of each warp the base and the mass of query head h.
 struct Results {
     float values[SHARE];  // not yet divided by the mass
-    float largest, mass;
+    float base, mass;
     int num_segments = 0;  // that this block has had of them
     bool has_first;        // all of those are in here; else they were written out, one by one
 
@@ -435,11 +291,11 @@ struct Results {
 
     // Adds another segment's of head `lane`; the results are then to be weighted. Products and sums
     // are spelled out here and below, so that all places where segments are added round alike.
-    __device__ __forceinline__ Weights add_stats(float other_largest, float other_mass) {
-        const float most = fmaxf(largest, other_largest);
-        const Weights weights = {exp2_fast(largest - most), exp2_fast(other_largest - most)};
+    __device__ __forceinline__ Weights add_stats(float other_base, float other_mass) {
+        const float higher = fmaxf(base, other_base);
+        const Weights weights = {exp2_fast(base - higher), exp2_fast(other_base - higher)};
         mass = __fmaf_rn(mass, weights.own, __fmul_rn(other_mass, weights.other));
-        largest = most;
+        base = higher;
         return weights;
     }
     __device__ __forceinline__ void add(int i, int head, float value, const Weights& weights) {
@@ -469,8 +325,8 @@ __device__ __forceinline__ int block_of(const Place& place, int tile, int per_bl
 }
 
 __device__ __forceinline__ void write_stats(
-    const Params& p, int line, float largest, float mass, int thread) {
-    if (thread < GROUP) p.stats[line * GROUP + thread] = float2{largest, mass};
+    const Params& p, int line, float base, float mass, int thread) {
+    if (thread < GROUP) p.stats[line * GROUP + thread] = float2{base, mass};
 }
 
 __device__ __forceinline__ void write_out(
@@ -498,7 +354,7 @@ __device__ __forceinline__ void add_segments(
         if (is_mine(i, thread))
             sums.values[i] = __ldcg(p.partials + first * RESULTS + index(i, thread));
     const float2 stats = __ldcg(p.stats + first * GROUP + head);
-    sums.largest = stats.x, sums.mass = stats.y;
+    sums.base = stats.x, sums.mass = stats.y;
     int segment = __ldcg(p.prefixes + first_block);
     for (; segment < num_segments; segment += AT_ONCE) {
         float values[AT_ONCE][SHARE];
@@ -533,42 +389,25 @@ __device__ __forceinline__ void end_segment(
     int block, int per_block, bool is_last, int warp, int lane) {
     const int thread = warp * 32 + lane, segment = place.tile / place.per_segment;
     const int own_lines = first_line(p, block);
-    write_sums(s, sums, warp, lane);
+    write_sums(s.parts, sums, warp, lane);
     __syncthreads();
-    float weights[WARPS];  // of head `lane`
-    float largest = minus_infinity(), mass = 0.0f;
-    float2 stats[WARPS];
-#pragma unroll
-    for (int i = 0; i < WARPS; i++) {
-        stats[i] = s.stats[i * GROUP + min(lane, GROUP - 1)];
-        largest = fmaxf(largest, stats[i].x);
-    }
-#pragma unroll
-    for (int i = 0; i < WARPS; i++) {
-        weights[i] = exp2_fast(stats[i].x - largest);
-        mass += weights[i] * stats[i].y;
-    }
+    const Merged merged(s.parts, lane);
 
     if (results.num_segments++ == 0) results.has_first = segment == 0;
     Results::Weights to_add;
     if (results.has_first) {
         if (segment == 0)
-            results.largest = largest, results.mass = mass;
+            results.base = merged.base, results.mass = merged.mass;
         else
-            to_add = results.add_stats(largest, mass);
+            to_add = results.add_stats(merged.base, merged.mass);
     } else {
-        write_stats(p, own_lines + segment, largest, mass, thread);
+        write_stats(p, own_lines + segment, merged.base, merged.mass, thread);
     }
 #pragma unroll
     for (int i = 0; i < SHARE; i++) {
         if (!is_mine(i, thread)) continue;
         const int head = head_of(i, thread);
-        float value = 0.0f;
-#pragma unroll
-        for (int k = 0; k < WARPS; k++) {
-            const float* part = s.parts + (k * GROUP + head) * PITCH;
-            value += __shfl_sync(~0u, weights[k], head) * part[index(i, thread) % HEAD_DIM];
-        }
+        const float value = merged.value(head, index(i, thread) % HEAD_DIM);
         if (!results.has_first)
             p.partials[(own_lines + segment) * RESULTS + index(i, thread)] = value;
         else if (segment == 0)
@@ -588,7 +427,7 @@ __device__ __forceinline__ void end_segment(
                 for (int i = 0; i < SHARE; i++)
                     if (is_mine(i, thread))
                         p.partials[line * RESULTS + index(i, thread)] = results.values[i];
-                write_stats(p, line, results.largest, results.mass, thread);
+                write_stats(p, line, results.base, results.mass, thread);
                 if (thread == 0) p.prefixes[block] = results.num_segments;
             }
             __syncthreads();  // all threads' stores, then the count
@@ -618,8 +457,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     Shared s;
     s.ring = shared_address(dynamic) + warp * STAGES * STRIP_BYTES;
-    s.parts = (float*)(dynamic + RING_BYTES);
-    s.stats = (float2*)(dynamic + RING_BYTES + PARTS_BYTES);
+    s.parts = {(float*)(dynamic + RING_BYTES), (float2*)(dynamic + RING_BYTES + PARTS_BYTES)};
     s.arrived = (u32*)(dynamic + RING_BYTES + PARTS_BYTES + STATS_BYTES);
 
     // Few segments belong to every second block or fewer: to blocks of different multiprocessors.
@@ -641,9 +479,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     Queries q;
     Sums sums;
     Results results;
-    u32 weights[COLUMNS][2];
+    Weights<1> weights;
     u32 stage = 0;
-    q.load(p, place, lane);
+    q.load(queries_of(p, place), lane);
     sums.clear();
     while (true) {
         // This thread's copies have landed, and with __syncwarp the warp's; and all lanes have read
@@ -652,7 +490,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         __syncwarp();
         loader.load(false);
         const int num_valid = place.length - place.tile * TILE - warp * STRIP;
-        score(weights, sums, q, s.ring + stage * STRIP_BYTES, p.scale, num_valid, lane);
+        weigh(weights, sums, q, s.ring + stage * STRIP_BYTES, p.scale, 0, num_valid, lane);
         if (++stage == STAGES) stage = 0;
         copies_wait<STAGES - 2>();
         __syncwarp();
@@ -669,6 +507,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
         }
         const bool is_item_end = place.is_item_end();
         place.advance(p);
-        if (is_item_end) q.load(p, place, lane);
+        if (is_item_end) q.load(queries_of(p, place), lane);
     }
 }

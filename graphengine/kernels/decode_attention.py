@@ -20,10 +20,10 @@ from torch import Tensor
 
 from graphengine.kernels.nvrtc import Kernel, kernel
 
-# Of more rows kernels.paged_decode is as fast or faster.
+# Of more rows kernels.row_attention is as fast or faster.
 MAX_ROWS = 64
 SOURCE = Path(__file__).with_name("decode_attention.cu")
-HEADER = Path(__file__).with_name("hopper.cuh")
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("hopper.cuh", "attention.cuh"))
 ARCHITECTURE = "sm_90a"
 _CAPABILITY = (9, 0)  # not measured elsewhere
 _HEAD_DIMS = (64, 128)
@@ -245,7 +245,7 @@ class HopperLauncher:
             kernel(
                 name,
                 SOURCE,
-                (HEADER,),
+                HEADERS,
                 architecture=ARCHITECTURE,
                 defines=defines,
                 device=device.index,

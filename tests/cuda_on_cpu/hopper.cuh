@@ -7,6 +7,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -354,6 +355,12 @@ inline T __shfl_up_sync(u32, T value, int lanes) {
 template <typename T>
 inline T __shfl_sync(u32, T value, int lane) {
     return emulator::exchange(value, lane);
+}
+inline bool __any_sync(u32, bool value) {
+    return emulator::together<bool>(value, [](const bool* all, bool* got) {
+        const bool any = std::any_of(all, all + 32, [](bool one) { return one; });
+        std::fill(got, got + 32, any);
+    });
 }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }

@@ -1,0 +1,175 @@
+"""Does attention of many rows on Hopper give what plain attention gives, and a row alike in any
+company?
+
+See decode_cases.py for what the results are compared with.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from decode_cases import BLOCK_SIZE, BORDERS, SHAPES, Case, Shape
+from torch import Tensor
+
+if sys.platform != "linux":
+    pytest.skip("cuda-bindings is for Linux here, as in torch", allow_module_level=True)
+
+from cpu_launcher import CpuRowLauncher
+
+from graphengine.attention.flash import FlashAttention
+from graphengine.kernels import nvrtc, row_attention  # after the skip: imports cuda-bindings
+
+CUDA = torch.device("cuda")
+WINDOWS = [None, 1, 31, 32, 33, 100, 640]
+Run = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    launcher = CpuRowLauncher(tmp_path_factory.mktemp("rows"))
+
+    def run(case: Case, window: int | None = None) -> Tensor:
+        return attend(case, window, launcher)
+
+    return run
+
+
+def attend(case: Case, window: int | None = None, launcher: CpuRowLauncher | None = None) -> Tensor:
+    caches = case.k_cache, case.v_cache
+    return row_attention.row_attention(
+        case.q, *caches, case.tables, case.lens, window=window, launcher=launcher
+    )
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(1, 1, 64), (4, 2, 128), (8, 2, 64), (8, 1, 128), (12, 1, 64), (16, 1, 128)],
+)
+def test_kernel_on_a_cpu_agrees_with_float32(
+    on_cpu: Run, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    case = Case(Shape(heads, kv_heads, head_dim), [*BORDERS, 31, 32, 33, 97, 0])
+    case.check(on_cpu(case))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_window_on_a_cpu_agrees_with_float32(on_cpu: Run, window: int | None) -> None:
+    case = Case(Shape(4, 2, 64), [1, 32, 33, 65, 100, 255, 300, 700])
+    case.check(on_cpu(case, window), window)
+
+
+def test_scores_that_rise_and_fall_far_agree_with_float32(on_cpu: Run) -> None:
+    """A base that is moved late, never, or in one warp alone; a largest score hundreds above the
+    next, or below those before it."""
+    for order in (1, -1):
+        case = Case(Shape(2, 1, 64), [600] * 3)
+        rising = (
+            torch.linspace(-12, 12, 600)[::order] if order > 0 else torch.linspace(12, -12, 600)
+        )
+        for row, factors in enumerate((rising, 0.01 * rising, rising.roll(300))):
+            for at in range(600):
+                block = int(case.tables[row, at // BLOCK_SIZE])
+                key = case.q[row, 0].float() * factors[at] / 4
+                case.k_cache[block, at % BLOCK_SIZE, 0] = key.bfloat16()
+        case.check(on_cpu(case))
+
+
+def test_a_row_on_a_cpu_is_alike_in_any_company(on_cpu: Run) -> None:
+    """In any order of threads, in any place."""
+    shape = Shape(4, 2, 64)
+    contexts = [900, 64, 640, 1, 130, 77, 1500]
+    first = on_cpu(Case(shape, contexts))
+    for num_rows in (1, 3):
+        assert torch.equal(on_cpu(Case(shape, contexts[:num_rows])), first[:num_rows])
+    case = Case(shape, contexts)
+    order = torch.tensor([6, 3, 5, 0, 2, 1, 4])
+    case.q.copy_(case.q[order].clone())
+    case.tables, case.lens = case.tables[order], case.lens[order]
+    assert torch.equal(on_cpu(case), first[order])
+
+
+def compile_kernel(shape: Shape, added: str = "") -> str:
+    """The compiler's log of row_attention.cu with `added` at its end."""
+    options = nvrtc.options_for(row_attention.ARCHITECTURE, defines(shape))
+    source = row_attention.SOURCE.read_text("utf-8") + added
+    included = {header.name: header.read_text("utf-8") for header in row_attention.HEADERS}
+    options += ["--ptxas-options=-v"]
+    return nvrtc.compile_source(source, "row_attention.cu", options, included)[1]
+
+
+def defines(shape: Shape) -> dict[str, int]:
+    return row_attention.defines_for(
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        block_size=BLOCK_SIZE,
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernel_compiles_without_spills_and_agrees_with_its_host(name: str) -> None:
+    params = row_attention.Params
+    claims = [f"sizeof(Params) == {ctypes.sizeof(params)}"]
+    for field, *_ in params._fields_:
+        # As offsetof is defined for NVRTC's front end, which ships no stddef.h.
+        offset = getattr(params, field).offset
+        claims.append(f"__INTADDR__(&((Params*)0)->{field}) == {offset}")
+    # 228 KiB a multiprocessor, 1 of them for the system of each block.
+    claims.append("(SHARED_BYTES + 1024) * BLOCKS_PER_SM <= 228 * 1024")
+    log = compile_kernel(SHAPES[name], "".join(f'\nstatic_assert({c}, "");' for c in claims))
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    assert spills == ["0"] * 2, log
+
+
+def test_other_devices_and_types_are_not_taken() -> None:
+    case = Case(Shape(4, 2, 64), [3])
+    assert not row_attention.takes(case.q, case.k_cache)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernel_agrees_with_float32(name: str, window: int | None) -> None:
+    torch.zeros(1, device=CUDA)  # the driver's functions need the device's context
+    for contexts in ([*BORDERS, 0, 0], [4096, 1, 2500, 0], [1000], [300] * 64):
+        case = Case(SHAPES[name], contexts, CUDA)
+        assert row_attention.takes(case.q, case.k_cache)
+        case.check(attend(case, window), window)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_row_is_alike_alone_and_among_others(name: str) -> None:
+    torch.zeros(1, device=CUDA)
+    contexts = [900, 64, 4096, 1, 130, 77, 1500] + [5 + 17 * i for i in range(93)]
+    all_rows = attend(Case(SHAPES[name], contexts, CUDA))
+    for num_rows in (1, 2, 7, 64):
+        out = attend(Case(SHAPES[name], contexts[:num_rows], CUDA))
+        assert torch.equal(out, all_rows[:num_rows])
+
+
+@pytest.mark.gpu
+def test_steps_of_many_rows_run_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphengine.attention import DecodeMetadata
+
+    torch.zeros(1, device=CUDA)
+    ran = []
+    launch = row_attention.HopperLauncher.launch
+    monkeypatch.setattr(
+        row_attention.HopperLauncher,
+        "launch",
+        lambda self, *arguments: (ran.append(arguments[2]), launch(self, *arguments)),
+    )
+    for num_rows in (64, 65):
+        case = Case(SHAPES["llama-8b"], [70] * num_rows, CUDA)
+        metadata = DecodeMetadata(
+            slot_mapping=torch.zeros(0), block_tables=case.tables, context_lens=case.lens
+        )
+        caches = case.k_cache, case.v_cache
+        case.check(FlashAttention().decode(case.q, *caches, metadata, window=None))
+    assert ran == [65 * 8]
