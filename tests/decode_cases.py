@@ -83,6 +83,33 @@ class Case:
         self.tables = tables.to(torch.int32).to(device)
         self.lens = torch.tensor(self.contexts, dtype=torch.int32, device=device)
 
+    def spread_scores(self) -> None:
+        """All scores of a head hundreds below 0 from here on, but one token's, each head's in
+        another place; the fourth head has none. So the base of the powers is moved late, once, and
+        in one warp alone. D is as large as H or larger, K is 1."""
+        num_heads = self.shape.num_heads
+        self.q.zero_()
+        for head in range(num_heads):
+            self.q[:, head, head] = self.shape.head_dim**0.5  # a score is a key's element
+        for row, context in enumerate(self.contexts):
+            noise = torch.randn(context, num_heads, generator=torch.Generator().manual_seed(row))
+            scores = noise - 300
+            for head in range(num_heads):
+                if head != 3:
+                    scores[(40 + 53 * head) % context, head] += 300
+            for at in range(context):
+                block = int(self.tables[row, at // BLOCK_SIZE])
+                key = scores[at].to(self.k_cache)
+                self.k_cache[block, at % BLOCK_SIZE, 0, :num_heads] = key
+
+    def spoil_before(self, window: int) -> None:
+        """NaN from here on in tokens that the newest does not see."""
+        for row, context in enumerate(self.contexts):
+            for at in range(max(0, context - window)):
+                block = int(self.tables[row, at // BLOCK_SIZE])
+                for cache in (self.k_cache, self.v_cache):
+                    cache[block, at % BLOCK_SIZE] = float("nan")
+
     def hide_late(self) -> list[tuple[Tensor, Tensor]]:
         """(where, what) of queries and newest tokens, which the kernel ahead writes. NaN from here
         on."""

@@ -119,6 +119,13 @@ def test_long_contexts_and_padded_rows_agree_with_float32(on_cpu: Compiled) -> N
     case.check(run_on_cpu(case, compiled))
 
 
+def test_scores_far_above_the_others_agree_with_float32(on_cpu: Compiled) -> None:
+    compiled = on_cpu(12, 1, 64, num_blocks=5)
+    case = Case(compiled[0], [700, 333])
+    case.spread_scores()
+    case.check(run_on_cpu(case, compiled))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -3,11 +3,13 @@
 //
 // The products are transposed: K [tokens, D] times Q^T, V^T times P^T, so that the query heads of a
 // kv head are eight columns, not sixteen rows, and a warp's sums fill half as many registers. The
-// online softmax is FlashAttention's (Dao et al., 2022). Powers are taken of what a score lies above
-// a base, not above the largest so far, and the base is moved, with all sums, where a score lies
-// far above it: seldom after the first tokens. So weights are up to 2^FAR_ABOVE; as floating-point
-// numbers they are as exact as those up to 1. PTX ISA 8: cp.async, ldmatrix, mma, movmatrix; what a
-// lane holds of a matrix is from there.
+// online softmax is FlashAttention's (Dao et al., 2022). Powers are taken of what a score lies
+// above a base, not above the largest so far, and the base is moved, with all sums, where a score
+// lies far above it: seldom after the first tokens. So weights are up to 2^FAR_ABOVE. They are
+// rounded to bfloat16 for the product, and the mass is the sum of the rounded ones: of one token
+// that outweighs all others the result is exact. Scaled scores may be up to 1e9 either way; a
+// base's own rounding shows beyond. PTX ISA 8: cp.async, ldmatrix, mma, movmatrix; what a lane
+// holds of a matrix is from there.
 //
 // Set when compiled: GROUP (query heads of a kv head), HEAD_DIM, WARPS, of a block. Letters: D head
 // dim.
@@ -30,15 +32,17 @@ constexpr int STATS_BYTES = WARPS * GROUP * 8;
 
 static_assert(GROUP <= 16 && (HEAD_DIM == 64 || HEAD_DIM == 128), "see the host side");
 
-// The base of who has had no token: below all scores, and finite, since it is subtracted.
+// The base of who has had no token: below all scaled scores, and finite, since it is subtracted.
 constexpr float LOWEST = -1e30f;
 __device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xFF800000); }
 
 // TOKENS tokens of a kv head to where `weigh` and `add_values` read them: a group's copies of this
-// thread. Slots from num_valid on were never written and may be NaN: zeros instead.
+// thread. Zeros instead of those before first_valid and from end_valid on: past a context's end
+// slots were never written and may be NaN.
 template <int TOKENS>
 __device__ __forceinline__ void copy_tokens(
-    u32 to, const bf16* from, long long slot_stride, int num_valid, int lane, u64 policy) {
+    u32 to, const bf16* from, long long slot_stride, int first_valid, int end_valid, int lane,
+    u64 policy) {
     constexpr int CHUNKS = HEAD_DIM / 8;
     constexpr int AT_ONCE = 32 / CHUNKS;  // tokens
     const int chunk = lane % CHUNKS;
@@ -46,8 +50,9 @@ __device__ __forceinline__ void copy_tokens(
 #pragma unroll
     for (int i = 0; i < TOKENS / AT_ONCE; i++) {
         const int token = lane / CHUNKS + i * AT_ONCE;
+        const bool is_valid = token >= first_valid && token < end_valid;
         copy_16(to + token * TOKEN_BYTES + (chunk ^ token % 8) * 16,
-                from + i * AT_ONCE * slot_stride, token < num_valid ? 16 : 0, policy);
+                from + i * AT_ONCE * slot_stride, is_valid ? 16 : 0, policy);
     }
 }
 
@@ -176,12 +181,15 @@ __device__ __forceinline__ void weigh(
         for (int c = 0; c < COLUMNS; c++) {
             float s[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
+            for (int i = 0; i < 4; i++)
                 s[i] = exp2_fast(__fmaf_rn(scores[t][c][i], scale, -sums.base[c][i % 2]));
-                sums.mass[c][i % 2] += s[i];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const u32 pair = pack_bf16(s[i * 2], s[i * 2 + 1]);
+                sums.mass[c][0] += __uint_as_float(pair << 16);
+                sums.mass[c][1] += __uint_as_float(pair & 0xFFFF0000);
+                weights.values[t][c][i] = transposed(pair);
             }
-            weights.values[t][c][0] = transposed(pack_bf16(s[0], s[1]));
-            weights.values[t][c][1] = transposed(pack_bf16(s[2], s[3]));
         }
 }
 

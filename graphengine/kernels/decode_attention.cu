@@ -72,7 +72,6 @@ struct Params {
 constexpr int RING_BYTES = WARPS * STAGES * STRIP_BYTES;
 constexpr int SHARED_BYTES = RING_BYTES + PARTS_BYTES + STATS_BYTES + 16;
 
-
 // --- the cut
 
 __device__ __forceinline__ int tiles_of(int length) { return (length + TILE - 1) / TILE; }
@@ -261,7 +260,7 @@ struct Loader {
         const bf16* from =
             cache + block_id * block_stride + slot * slot_stride + place.head * HEAD_DIM;
         copy_tokens<STRIP>(
-            ring + stage * STRIP_BYTES, from, slot_stride, num_valid, lane, policy);
+            ring + stage * STRIP_BYTES, from, slot_stride, 0, num_valid, lane, policy);
     }
 };
 

@@ -4,8 +4,8 @@
 // A block has one kv head of one row, so the hardware shares the work out as blocks end, and no bit
 // of a row depends on the others. Reading sets the time, and what a card may draw, so what counts
 // is that little is done beside the reading: a warp takes STRIP tokens at a time, every WARPS-th
-// strip of the context, which it copies some strips ahead through a ring of its own; strides are
-// constants, so that a copy is one instruction; and full strips, all but the last, mask nothing.
+// strip of the context, which it copies some strips ahead through a ring of its own; tokens are a
+// constant apart, so that a copy is one instruction; and strips mask nothing but at the two ends.
 // Warps meet once, at the end.
 //
 // What a warp does with a strip is in attention.cuh.
@@ -25,6 +25,7 @@ constexpr int RING_BYTES = WARPS * STAGES * STAGE_BYTES;
 constexpr int SHARED_BYTES = RING_BYTES + PARTS_BYTES + STATS_BYTES;
 
 static_assert(BLOCK_SIZE % STRIP == 0 && STAGES >= 2, "see row_attention.py");
+static_assert((long long)BLOCK_SIZE * SLOT < 1ll << 31, "places in a block are 32 bits");
 
 struct Params {
     const bf16* q;        // [N, KV_HEADS * GROUP, D]
@@ -43,7 +44,7 @@ struct Loader {
     const Params& p;
     const int* const table;
     const u32 ring;
-    const int head, length, lane;
+    const int head, begin, length, lane;  // of the row: tokens begin to length
     // Nothing of a context is read again before the next step.
     const u64 policy = policy_evict_first();
     int first;  // token of the next strip
@@ -57,19 +58,19 @@ struct Loader {
             const u32 to = ring + stage * STAGE_BYTES;
             const bf16* keys = p.k_cache + block * p.k_block_stride + place;
             const bf16* values = p.v_cache + block * p.v_block_stride + place;
-            if (first + STRIP <= length)
-                copy(to, keys, values, STRIP);
+            if (first >= begin && first + STRIP <= length)
+                copy(to, keys, values, 0, STRIP);
             else
-                copy(to, keys, values, length - first);
+                copy(to, keys, values, begin - first, length - first);
         }
         copies_commit();
         first += WARPS * STRIP;
         if (++stage == STAGES) stage = 0;
     }
     __device__ __forceinline__ void copy(
-        u32 to, const bf16* keys, const bf16* values, int num_valid) {
-        copy_tokens<STRIP>(to, keys, SLOT, num_valid, lane, policy);
-        copy_tokens<STRIP>(to + STRIP_BYTES, values, SLOT, num_valid, lane, policy);
+        u32 to, const bf16* keys, const bf16* values, int first_valid, int end_valid) {
+        copy_tokens<STRIP>(to, keys, SLOT, first_valid, end_valid, lane, policy);
+        copy_tokens<STRIP>(to + STRIP_BYTES, values, SLOT, first_valid, end_valid, lane, policy);
     }
 };
 
@@ -89,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM)
     const Parts parts = {(float*)(dynamic + RING_BYTES),
                          (float2*)(dynamic + RING_BYTES + PARTS_BYTES)};
 
-    Loader loader{p, p.block_tables + row * p.table_stride, ring, head, length, lane};
+    Loader loader{p, p.block_tables + row * p.table_stride, ring, head, begin, length, lane};
     loader.first = first_strip;
 #pragma unroll 1
     for (int i = 0; i < STAGES - 1; i++) loader.load();

@@ -81,6 +81,7 @@ def row_attention(
     `takes` takes. On torch's current stream; it can be captured."""
     num_rows, num_heads, head_dim = q.shape
     block_size, num_kv_heads = k_cache.shape[1:3]
+    assert q.dtype == k_cache.dtype == v_cache.dtype == torch.bfloat16
     assert k_cache.shape == v_cache.shape
     for cache in (k_cache, v_cache):
         assert cache.stride()[1:] == (num_kv_heads * head_dim, head_dim, 1)
@@ -88,7 +89,9 @@ def row_attention(
         assert cache.data_ptr() % 16 == cache.stride(0) % 8 == 0
     assert q.stride()[1:] == (head_dim, 1)
     assert q.stride(0) % 2 == 0  # read in pairs
-    assert block_tables.stride(1) == 1
+    assert block_tables.dtype == context_lens.dtype == torch.int32
+    assert len(block_tables) == len(context_lens) == num_rows
+    assert block_tables.stride(1) == context_lens.stride(0) == 1
     out = torch.empty((num_rows, num_heads, head_dim), dtype=q.dtype, device=q.device)
     params = Params(
         q=q.data_ptr(),
