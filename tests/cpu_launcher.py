@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -162,3 +162,17 @@ def _compiled(source: str, output: Path, defines: Mapping[str, int]) -> ctypes.C
     command += [f"-D{name}={value}" for name, value in defines.items()]
     subprocess.run([*command, "-o", str(output), str(_FOLDER / source)], check=True)
     return ctypes.CDLL(str(output))
+
+
+def layout_claims(params: type[ctypes.Structure], *, alignment: int = 8) -> str:
+    """Lines for the end of a kernel's source, which does not compile where its `Params` is not laid
+    out as `params`, field by field. alignment: of the kernel's struct."""
+    claims = [f"sizeof(Params) == {-(-ctypes.sizeof(params) // alignment) * alignment}"]
+    for name, *_ in params._fields_:
+        # As offsetof is defined for NVRTC's front end, which ships no stddef.h.
+        claims.append(f"__INTADDR__(&((Params*)0)->{name}) == {getattr(params, name).offset}")
+    return static_asserts(claims)
+
+
+def static_asserts(claims: Iterable[str]) -> str:
+    return "".join(f'\nstatic_assert({claim}, "");' for claim in claims)

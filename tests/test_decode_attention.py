@@ -19,7 +19,7 @@ from torch import Tensor
 if sys.platform != "linux":
     pytest.skip("cuda-bindings is for Linux here, as in torch", allow_module_level=True)
 
-from cpu_launcher import CpuAttentionLauncher
+from cpu_launcher import CpuAttentionLauncher, layout_claims, static_asserts
 
 from graphengine.kernels import (  # after the skip: imports cuda-bindings
     decode_attention,
@@ -325,16 +325,11 @@ def test_kernel_compiles_without_spills(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_host_and_kernel_agree_on_the_params_and_blocks_fit(name: str) -> None:
-    params = decode_attention.Params
-    claims = [f"sizeof(Params) == {ctypes.sizeof(params)}"]
-    for field, *_ in params._fields_:
-        # As offsetof is defined for NVRTC's front end, which ships no stddef.h.
-        offset = getattr(params, field).offset
-        claims.append(f"__INTADDR__(&((Params*)0)->{field}) == {offset}")
-    claims.append(f"sizeof(Share) == {4 * decode_attention.SHARE_INTS}")
+    claims = [f"sizeof(Share) == {4 * decode_attention.SHARE_INTS}"]
     # 228 KiB a multiprocessor, 1 of them for the system of each block.
     claims.append("(SHARED_BYTES + 1024) * BLOCKS_PER_SM <= 228 * 1024")
-    compile_attention(SHAPES[name], "".join(f'\nstatic_assert({c}, "");' for c in claims))
+    added = layout_claims(decode_attention.Params) + static_asserts(claims)
+    compile_attention(SHAPES[name], added)
 
 
 @pytest.mark.gpu

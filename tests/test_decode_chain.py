@@ -7,7 +7,6 @@ of the whole model's logits). Between two numbers of rows nothing may differ.
 
 from __future__ import annotations
 
-import ctypes
 import re
 import sys
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from graphengine.model_config import ModelConfig, RopeConfig
 if sys.platform != "linux":
     pytest.skip("cuda-bindings is for Linux here, as in torch", allow_module_level=True)
 
-from cpu_launcher import CpuLauncher
+from cpu_launcher import CpuLauncher, layout_claims, static_asserts
 
 from graphengine.kernels import decode_chain, nvrtc  # after the skip: imports cuda-bindings
 from graphengine.kernels.decode_chain import DecodeChain, Launcher
@@ -336,15 +335,6 @@ def test_ptxas_tells_of_products_in_turn() -> None:
     assert re.search(SERIALIZED, log), log
 
 
-def layout_claims() -> Iterator[str]:
-    for name, _ in decode_chain.Params._fields_:
-        offset = getattr(decode_chain.Params, name).offset
-        # As offsetof is defined for NVRTC's front end, which ships no stddef.h.
-        yield f"__INTADDR__(&((Params*)0)->{name}) == {offset}"
-    size = -(-ctypes.sizeof(decode_chain.Params) // 64) * 64
-    yield f"sizeof(Params) == {size}"
-
-
 def cut_claims(most: int, has_whole: bool) -> Iterator[str]:
     """most: the partial sums of the product that has the most. has_whole: gate and up have none."""
     phases = ("O_PROJ", "DOWN", "QKV") if has_whole else ("O_PROJ", "GATE_UP", "DOWN", "QKV")
@@ -382,11 +372,11 @@ def test_host_and_kernel_agree_on_the_params_and_the_cut(name: str, num_blocks: 
     assert found
     rows = decode_chain.whole_rows(model, num_blocks)
     most = decode_chain.num_partials(model, num_blocks)
-    claims = [*layout_claims(), *cut_claims(most, rows is not None)]
+    claims = [*cut_claims(most, rows is not None)]
     claims += [f"(GateUp::IS_WHOLE ? GateUp::ROWS : 0) == {rows or 0}"]
     claims += [f"PIECE == {decode_chain.PIECE}", "GateUp::begin(GRID) == INTER"]
     claims += ["all_features_are_loaded()"]
-    asserts = "".join(f'\nstatic_assert({claim}, "");' for claim in claims)
+    asserts = layout_claims(decode_chain.Params, alignment=64) + static_asserts(claims)
     defines = decode_chain.defines_for(model, num_rows=decode_chain.MAX_ROWS, num_blocks=num_blocks)
     options = nvrtc.options_for(decode_chain.ARCHITECTURE, defines)
     nvrtc.compile_source(head + OWNERS_ARE_RIGHT + asserts, "claims.cu", options, included())

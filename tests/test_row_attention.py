@@ -6,7 +6,6 @@ See decode_cases.py for what the results are compared with.
 
 from __future__ import annotations
 
-import ctypes
 import re
 import sys
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from torch import Tensor
 if sys.platform != "linux":
     pytest.skip("cuda-bindings is for Linux here, as in torch", allow_module_level=True)
 
-from cpu_launcher import CpuRowLauncher
+from cpu_launcher import CpuRowLauncher, layout_claims, static_asserts
 
 from graphengine.attention.flash import FlashAttention
 from graphengine.kernels import nvrtc, row_attention  # after the skip: imports cuda-bindings
@@ -123,15 +122,9 @@ def defines(shape: Shape) -> dict[str, int]:
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_kernel_compiles_without_spills_and_agrees_with_its_host(name: str) -> None:
-    params = row_attention.Params
-    claims = [f"sizeof(Params) == {ctypes.sizeof(params)}"]
-    for field, *_ in params._fields_:
-        # As offsetof is defined for NVRTC's front end, which ships no stddef.h.
-        offset = getattr(params, field).offset
-        claims.append(f"__INTADDR__(&((Params*)0)->{field}) == {offset}")
     # 228 KiB a multiprocessor, 1 of them for the system of each block.
-    claims.append("(SHARED_BYTES + 1024) * BLOCKS_PER_SM <= 228 * 1024")
-    log = compile_kernel(SHAPES[name], "".join(f'\nstatic_assert({c}, "");' for c in claims))
+    fits = static_asserts(["(SHARED_BYTES + 1024) * BLOCKS_PER_SM <= 228 * 1024"])
+    log = compile_kernel(SHAPES[name], layout_claims(row_attention.Params) + fits)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     assert spills == ["0"] * 2, log
 
