@@ -18,6 +18,7 @@ from graphengine.config import EngineConfig
 from graphengine.errors import ConfigError, GraphEngineError
 from graphengine.hub import resolve_model
 from graphengine.model_config import load_model_config
+from perf.energy import energy_counter
 from perf.environment import environment, gpu_state, read_bandwidth
 from perf.figures import merge
 from perf.peers import PEERS, measure_peer
@@ -258,8 +259,11 @@ def _requests(workload: Workload, llm: LLM, scale: float, bandwidth: float) -> t
         )
         for ids, (_, new) in zip(token_ids(lengths, vocab_size), lengths, strict=True)
     ]
+    joules = energy_counter()
+    before = 0.0 if joules is None else joules()
     with MemorySampler() as memory:
         outputs = list(llm.stream(requests))
+    drawn = None if joules is None else joules() - before
     errors = [output.error for output in outputs if output.error]
     if errors:
         raise ConfigError(f"{workload.name}: {len(errors)} requests failed, first: {errors[0]}")
@@ -299,6 +303,8 @@ def _requests(workload: Workload, llm: LLM, scale: float, bandwidth: float) -> t
         "memory": memory.samples,
         "timeline": _timeline(llm),
     }
+    if drawn is not None:
+        detail |= {"joules": drawn, "watts": drawn / stats.elapsed_s}
     return values, detail
 
 
