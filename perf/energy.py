@@ -13,10 +13,11 @@ import torch
 _LIBRARY = "libnvidia-ml.so.1"
 
 
-def energy_counter() -> Callable[[], float] | None:
-    """Reads the joules that torch's current CUDA device has drawn since its driver was loaded.
-    They are counted some ten times a second. None where there is no such device or none that
-    counts. NVML API reference: nvmlDeviceGetTotalEnergyConsumption."""
+def energy_counter() -> Callable[[], float | None] | None:
+    """Reads the joules that torch's current CUDA device has drawn since its driver was loaded, or
+    None where that fails. They are counted some ten times a second. None itself where there is no
+    such device or NVML does not know it. NVML API reference: nvmlDeviceGetTotalEnergyConsumption.
+    """
     if not torch.cuda.is_available():
         return None
     # Imported here: a CPU machine need not have it.
@@ -35,17 +36,16 @@ def energy_counter() -> Callable[[], float] | None:
     return counter_of(nvml, found.bytes)
 
 
-def counter_of(nvml: Any, device_uuid: bytes) -> Callable[[], float] | None:
+def counter_of(nvml: Any, device_uuid: bytes) -> Callable[[], float | None] | None:
     """nvml: the library. device_uuid: 16 bytes, as CUDA's driver tells them."""
     handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
     name = f"GPU-{uuid.UUID(bytes=bytes(device_uuid))}".encode()
     if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(name, ctypes.byref(handle)):
         return None
-    if nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)):
-        return None
 
-    def read() -> float:
-        nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
+    def read() -> float | None:
+        if nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules)):
+            return None
         return 1e-3 * millijoules.value
 
     return read

@@ -259,11 +259,11 @@ def _requests(workload: Workload, llm: LLM, scale: float, bandwidth: float) -> t
         )
         for ids, (_, new) in zip(token_ids(lengths, vocab_size), lengths, strict=True)
     ]
-    joules = energy_counter()
-    before = 0.0 if joules is None else joules()
+    joules = energy_counter() or (lambda: None)
+    before = joules()
     with MemorySampler() as memory:
         outputs = list(llm.stream(requests))
-    drawn = None if joules is None else joules() - before
+    after = joules()
     errors = [output.error for output in outputs if output.error]
     if errors:
         raise ConfigError(f"{workload.name}: {len(errors)} requests failed, first: {errors[0]}")
@@ -303,7 +303,8 @@ def _requests(workload: Workload, llm: LLM, scale: float, bandwidth: float) -> t
         "memory": memory.samples,
         "timeline": _timeline(llm),
     }
-    if drawn is not None:
+    if before is not None and after is not None:
+        drawn = after - before
         detail |= {"joules": drawn, "watts": drawn / stats.elapsed_s}
     return values, detail
 

@@ -6,6 +6,7 @@ is up to 2 ** -9 of a value each: 5e-3 of a tensor's norm against float32.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +29,9 @@ class Shape:
     head_dim: int
 
     @property
-    def group(self) -> int:
-        return self.num_heads // self.num_kv_heads
+    def sizes(self) -> dict[str, int]:
+        """As kernels are told of them."""
+        return {**dataclasses.asdict(self), "block_size": BLOCK_SIZE}
 
 
 SHAPES = {

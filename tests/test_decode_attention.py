@@ -34,14 +34,7 @@ NUM_MULTIPROCESSORS = 132
 
 
 def defines(shape: Shape, num_blocks: int, tuning: Tuning) -> dict[str, int]:
-    return decode_attention.defines_for(
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        block_size=BLOCK_SIZE,
-        num_blocks=num_blocks,
-        tuning=tuning,
-    )
+    return decode_attention.defines_for(**shape.sizes, num_blocks=num_blocks, tuning=tuning)
 
 
 def make(
@@ -52,15 +45,7 @@ def make(
 ) -> DecodeAttention:
     if device.type == "cuda":
         torch.zeros(1, device=device)  # the driver's functions need the device's context
-    return DecodeAttention(
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        block_size=BLOCK_SIZE,
-        device=device,
-        tuning=tuning,
-        launcher=launcher,
-    )
+    return DecodeAttention(**shape.sizes, device=device, tuning=tuning, launcher=launcher)
 
 
 def run(case: Case, attention: DecodeAttention) -> Tensor:
@@ -274,18 +259,10 @@ def test_rows_of_a_chain_are_cut_alike_however_many_there_are() -> None:
         assert min(few | many) >= 1
 
 
-def takes(
-    shape: Shape, block_size: int = BLOCK_SIZE, dtype: torch.dtype = torch.bfloat16, major: int = 9
-) -> bool:
-    return DecodeAttention.takes(
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        block_size=block_size,
-        dtype=dtype,
-        device=CUDA,
-        capability=(major, 0),
-    )
+def takes(shape: Shape, dtype: torch.dtype = torch.bfloat16, major: int = 9, **sizes: int) -> bool:
+    capability = (major, 0)
+    sizes = {**shape.sizes, **sizes}
+    return DecodeAttention.takes(**sizes, dtype=dtype, device=CUDA, capability=capability)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from graphengine import LLM
 from perf.energy import counter_of, energy_counter
+from perf.run import _requests
+from perf.workloads import Workload
 
 UUID = uuid.UUID("12345678-9abc-def0-1122-334455667788")
 
@@ -40,15 +43,41 @@ class Nvml:
 def test_joules_are_those_of_the_device() -> None:
     read = counter_of(Nvml(), UUID.bytes)
     assert read is not None
-    first = read()
-    assert read() - first == pytest.approx(250.0)
+    first, second = read(), read()
+    assert first is not None
+    assert second is not None
     assert first > 5e9
+    assert second - first == pytest.approx(250.0)
 
 
 def test_none_where_nothing_is_counted() -> None:
     assert counter_of(Nvml(init=9), UUID.bytes) is None
-    assert counter_of(Nvml(energy=3), UUID.bytes) is None  # NVML_ERROR_NOT_SUPPORTED
     assert counter_of(Nvml(), bytes(16)) is None
+    nvml = Nvml()
+    read = counter_of(nvml, UUID.bytes)
+    assert read is not None
+    assert read() is not None
+    nvml.statuses["energy"] = 15  # NVML_ERROR_GPU_IS_LOST
+    assert read() is None
+
+
+@pytest.mark.parametrize("looks", [[], [100.0], [100.0, 350.0]])
+def test_run_has_the_joules_between_two_looks_or_none(
+    monkeypatch: pytest.MonkeyPatch, looks: list[float]
+) -> None:
+    left = list(looks)
+    read = (lambda: left.pop(0) if left else None) if looks else None
+    monkeypatch.setattr("perf.run.energy_counter", lambda: read)
+    workload = Workload("tiny", "tiny", "run", lambda _scale: [(3, 2)])
+    with LLM("demo", device="cpu") as llm:
+        _, detail = _requests(workload, llm, 1.0, 1e9)
+        elapsed_s = llm.stats().elapsed_s
+    if len(looks) == 2:
+        assert detail["joules"] == 250.0
+        assert detail["watts"] == pytest.approx(250.0 / elapsed_s)
+    else:
+        assert "joules" not in detail
+        assert "watts" not in detail
 
 
 def test_none_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,10 +89,14 @@ def test_none_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_draws_more_at_work() -> None:
     read = energy_counter()
     if read is None:
-        pytest.skip("this GPU counts no energy")
+        pytest.skip("NVML does not know this GPU")
     x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     first = read()
+    if first is None:
+        pytest.skip("this GPU counts no energy")
     for _ in range(2000):
         x @ x
     torch.cuda.synchronize()
-    assert read() - first > 50.0
+    last = read()
+    assert last is not None
+    assert last - first > 50.0

@@ -104,20 +104,12 @@ def test_a_row_on_a_cpu_is_alike_in_any_company(on_cpu: Run) -> None:
 
 def compile_kernel(shape: Shape, added: str = "") -> str:
     """The compiler's log of row_attention.cu with `added` at its end."""
-    options = nvrtc.options_for(row_attention.ARCHITECTURE, defines(shape))
+    defines = row_attention.defines_for(**shape.sizes)
+    options = nvrtc.options_for(row_attention.ARCHITECTURE, defines)
     source = row_attention.SOURCE.read_text("utf-8") + added
     included = {header.name: header.read_text("utf-8") for header in row_attention.HEADERS}
     options += ["--ptxas-options=-v"]
     return nvrtc.compile_source(source, "row_attention.cu", options, included)[1]
-
-
-def defines(shape: Shape) -> dict[str, int]:
-    return row_attention.defines_for(
-        num_heads=shape.num_heads,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        block_size=BLOCK_SIZE,
-    )
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -129,7 +121,7 @@ def test_kernel_compiles_without_spills_and_agrees_with_its_host(name: str) -> N
     assert spills == ["0"] * 2, log
 
 
-def test_other_devices_and_types_are_not_taken() -> None:
+def test_nothing_is_taken_on_a_cpu() -> None:
     case = Case(Shape(4, 2, 64), [3])
     assert not row_attention.takes(case.q, case.k_cache)
 
