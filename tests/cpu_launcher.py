@@ -106,15 +106,23 @@ class CpuRowLauncher:
 
 class CpuGatedLauncher:
     """A Launcher of graphengine.kernels.gated_linear, for tiles of `features`. seed: of the order
-    in which threads run; each launch has its own. writes: as of CpuAttentionLauncher."""
+    in which threads run; each launch has its own. writes: as of CpuAttentionLauncher. quads:
+    clusters of four that run at once. launches: (blocks, cluster_rows, early) of each. writes_of:
+    the number of the launch that has the writes, if not each has."""
 
-    def __init__(self, features: int, *, num_blocks: int, output: Path) -> None:
+    def __init__(self, features: int, *, num_blocks: int, folder: Path, quads: int = 0) -> None:
         self.num_blocks = num_blocks
+        self.launches: list[tuple[int, int, bool]] = []
+        self.writes_of: int | None = None
         self.seed = 0
         self.writes: Sequence[tuple[Tensor, Tensor]] = ()
         self._features = features
-        defines = gated_linear.defines_for(features)
-        self._library = _compiled("gated_linear.cpp", output, defines)
+        self._quads = quads
+        self._folder = folder
+        self._libraries: dict[int, ctypes.CDLL] = {}
+
+    def num_quads(self, features: int) -> int:
+        return self._quads
 
     def rows_map(self, x: Tensor) -> TensorMap:
         return _tensor_map(x, 128)
@@ -122,12 +130,27 @@ class CpuGatedLauncher:
     def weight_map(self, weight: Tensor, features: int) -> TensorMap:
         return _tensor_map(weight, features, num_gates=weight.shape[0] // 2)
 
-    def launch(self, params: gated_linear.Params, features: int, num_blocks: int) -> None:
+    def launch(
+        self,
+        params: gated_linear.Params,
+        features: int,
+        num_blocks: int,
+        *,
+        cluster_rows: int,
+        early: bool,
+    ) -> None:
         assert features == self._features
-        array, count = _writes(self.writes)
+        has_writes = self.writes_of in (None, len(self.launches))
+        self.launches.append((num_blocks, cluster_rows, early))
+        if cluster_rows not in self._libraries:
+            output = self._folder / f"gated-{features}-{cluster_rows}.so"
+            defines = gated_linear.defines_for(features, cluster_rows)
+            self._libraries[cluster_rows] = _compiled("gated_linear.cpp", output, defines)
+        library = self._libraries[cluster_rows]
+        array, count = _writes(self.writes if has_writes else ())
         seed = ctypes.c_uint(self.seed)
-        with _aligned(params, self._library.params_bytes()) as address:
-            self._library.run(address, ctypes.c_int(num_blocks), seed, array, count)
+        with _aligned(params, library.params_bytes()) as address:
+            library.run(address, ctypes.c_int(num_blocks), seed, array, count)
         self.seed += 1
 
 

@@ -14,7 +14,7 @@ if sys.platform != "linux":
 
 from cpu_launcher import CpuGatedLauncher  # after the skip: imports cuda-bindings
 
-from graphengine.kernels import nvrtc, reference
+from graphengine.kernels import nvrtc, reference, tiles
 from graphengine.kernels.gated_linear import (
     ARCHITECTURE,
     HEADER,
@@ -28,17 +28,16 @@ CUDA = torch.device("cuda")
 # A gate and an up may each round to the other neighbour, 2^-7 away at most, and the result is
 # rounded too.
 TOLERANCE = 5 * 2**-8
-MakeLauncher = Callable[[int, int], CpuGatedLauncher]
+MakeLauncher = Callable[..., CpuGatedLauncher]
 
 
 @pytest.fixture(scope="module")
 def launcher(tmp_path_factory: pytest.TempPathFactory) -> MakeLauncher:
-    """By features of a tile and blocks at once."""
+    """By features of a tile, blocks at once and, of them, clusters of four."""
     folder = tmp_path_factory.mktemp("gated")
 
-    def make(features: int, num_blocks: int) -> CpuGatedLauncher:
-        output = folder / f"gated-{features}-{num_blocks}.so"
-        return CpuGatedLauncher(features, num_blocks=num_blocks, output=output)
+    def make(features: int, num_blocks: int, quads: int = 0) -> CpuGatedLauncher:
+        return CpuGatedLauncher(features, num_blocks=num_blocks, folder=folder, quads=quads)
 
     return make
 
@@ -97,6 +96,53 @@ def test_order_of_threads_does_not_matter(launcher: MakeLauncher) -> None:
         assert torch.equal(gated_linear(x, weight, 96, cpu), first)
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "intermediate", "features", "num_blocks", "quads", "launches"),
+    [
+        (2048, 192, 96, 8, 1, [(4, 2, False), (4, 1, True)]),
+        (1600, 208, 96, 8, 1, [(4, 2, False), (4, 1, True)]),  # 7 tiles of rows, the last not full
+        (2600, 192, 96, 8, 1, [(4, 2, False), (4, 1, True)]),  # more than run side by side
+        (2048, 192, 96, 8, 2, [(8, 2, False)]),  # no room beside
+        (1600, 448, 224, 8, 1, [(4, 2, False), (4, 1, True)]),
+        (1024, 192, 96, 8, 1, [(8, 1, True)]),  # two waves
+        (1200, 192, 96, 4, 1, [(4, 1, True)]),  # a wave more by two and two rows of tiles
+    ],
+)
+def test_clusters_of_four_compute_what_those_of_two_do(
+    launcher: MakeLauncher,
+    monkeypatch: pytest.MonkeyPatch,
+    num_rows: int,
+    intermediate: int,
+    features: int,
+    num_blocks: int,
+    quads: int,
+    launches: list[tuple[int, int, bool]],
+) -> None:
+    monkeypatch.setattr(tiles, "MULTIPROCESSORS", num_blocks)
+    x, weight = inputs(num_rows, intermediate, 320)
+    four = launcher(features, num_blocks, quads)
+    actual = gated_linear(x, weight, features, four)
+    assert four.launches == launches
+    assert_close(actual, x, weight)
+    for _ in range(2):
+        assert torch.equal(gated_linear(x, weight, features, four), actual)
+    assert torch.equal(gated_linear(x, weight, features, launcher(features, num_blocks)), actual)
+
+
+def test_clusters_beside_wait_for_the_others_not_for_the_kernel_ahead(
+    launcher: MakeLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "MULTIPROCESSORS", 8)
+    x, weight = inputs(2048, 192, 320)
+    four = launcher(96, 8, 1)
+    expected = gated_linear(x, weight, 96, four)
+    # Written when the second launch waits: after it has read all.
+    four.writes = [(x, torch.full_like(x, torch.nan))]
+    four.writes_of = len(four.launches) + 1
+    assert torch.equal(gated_linear(x, weight, 96, four), expected)
+    assert bool(x.isnan().all())
+
+
 def test_rows_of_a_wider_tensor(launcher: MakeLauncher) -> None:
     x, weight = inputs(200, 48, 320)
     wider = torch.full((200, 512), torch.nan, dtype=torch.bfloat16)
@@ -104,10 +150,14 @@ def test_rows_of_a_wider_tensor(launcher: MakeLauncher) -> None:
     assert_close(gated_linear(wider[:, :320], weight, 96, launcher(96, 2)), x, weight)
 
 
+@pytest.mark.parametrize("cluster_rows", [1, 2])
 @pytest.mark.parametrize("features", [128, 160, 192, 224])
-def test_kernel_compiles_without_spills_or_products_in_turn(features: int) -> None:
+def test_kernel_compiles_without_spills_or_products_in_turn(
+    features: int, cluster_rows: int
+) -> None:
     source, header = (path.read_text("utf-8") for path in (SOURCE, HEADER))
-    options = [*nvrtc.options_for(ARCHITECTURE, defines_for(features)), "--ptxas-options=-v"]
+    defines = defines_for(features, cluster_rows)
+    options = [*nvrtc.options_for(ARCHITECTURE, defines), "--ptxas-options=-v"]
     _, log = nvrtc.compile_source(source, SOURCE.name, options, {HEADER.name: header})
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in log
     assert "serialized" not in log
@@ -132,6 +182,24 @@ def test_tiles_of_256_rows_fill_their_waves(
     intermediate: int, depth: int, features: int | None
 ) -> None:
     assert gated_features(256, intermediate, depth) == features
+
+
+@pytest.mark.parametrize(
+    ("row_tiles", "pairs", "num_quads", "share"),
+    [
+        (32, 64, 30, 960),  # an 8B's 8,192 rows: 1,024, in 32 waves either way
+        (32, 64, 33, 1024),
+        (32, 64, 0, 0),
+        (4, 64, 30, 120),
+        (3, 64, 30, 0),  # three waves
+        (33, 64, 30, 0),  # 32 waves would be 33
+        (31, 64, 30, 930),
+    ],
+)
+def test_clusters_of_four_take_no_wave_more(
+    row_tiles: int, pairs: int, num_quads: int, share: int
+) -> None:
+    assert tiles.quad_share(row_tiles, pairs, lambda: num_quads) == share
 
 
 @pytest.mark.parametrize("num_rows", [1, 192, 211, 257, 384])

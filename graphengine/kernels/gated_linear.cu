@@ -5,8 +5,14 @@
 // make one wave: each multiprocessor has one tile, none waits for a second. Of a tile 224 features
 // wide the sums fill 7/8 of the registers there are, which leaves no room for a warp that does
 // nothing but load: two warpgroups multiply 128 rows each, and a thread of theirs streams both
-// operands into a ring of shared memory. Two blocks, a cluster, share their rows: each loads half of
-// them for both. A block with several tiles loads the next one's first units before it stores one.
+// operands into a ring of shared memory. A block with several tiles loads the next one's first units
+// before it stores one.
+//
+// Two blocks, a cluster, share their rows: each loads half of them for both. In a cluster of four,
+// two by two, those that share features do the same with weights, so that a third less is read from
+// the L2 cache; at the power limit that is time. As a GPU's multiprocessors make no whole number of
+// such clusters, one launch of them is followed by one of clusters of two, which run beside them
+// where there is room (`is_beside`). Who computes a tile changes nothing in it.
 //
 // In shared memory 8 rows of gate's weights lie beside 8 of up's, as the copy engine puts them: so
 // the two sums of a feature are the same thread's.
@@ -14,7 +20,7 @@
 // PTX ISA 8: mbarrier, cp.async.bulk.tensor, wgmma, stmatrix, griddepcontrol; the layout of wgmma's
 // accumulators and of its shared-memory descriptors is from there.
 //
-// Set when compiled: FEATURES, STAGES. Letters: N rows, C input features, I intermediate.
+// Set when compiled: FEATURES, STAGES, CLUSTER_ROWS (tiles of rows of a cluster, 1 or 2). Letters: N rows, C input features, I intermediate.
 
 #define NR FEATURES
 #include <hopper.cuh>
@@ -28,12 +34,13 @@ constexpr int WARPGROUP_ROWS = 128;
 constexpr int M_TILES = WARPGROUP_ROWS / 64;
 constexpr int SUMS = FEATURES / 2;  // of a thread, for 64 rows
 constexpr int NUM_THREADS = 2 * WARPGROUP;
-constexpr int CLUSTER = 2;
+constexpr int CLUSTER = 2 * CLUSTER_ROWS;
 constexpr int X_BYTES = ROWS * ROW_BYTES;
 constexpr int W_BYTES = FEATURES * ROW_BYTES;
 constexpr int STAGE_BYTES = X_BYTES + W_BYTES;
 constexpr int OUT_PITCH = WIDTH * 2 + 16;  // of rows on their way out: they lie in different banks
 constexpr int OUT_BYTES = NUM_THREADS / 32 * 16 * OUT_PITCH;
+constexpr int SHARERS = 1 + CLUSTER_ROWS;  // blocks that get some of what a block loads, itself too
 constexpr int ROW_GROUP = 8;  // row tiles that run side by side, so that the L2 cache holds them
 static_assert(FEATURES % 32 == 0 && FEATURES <= 224, "pairs of 8 gates and 8 ups; registers");
 
@@ -43,8 +50,11 @@ struct Params {
     bf16* out;         // [N, I]
     int num_rows, intermediate;
     int units;             // of C: STAGES or more
-    int row_tiles, pairs;  // pairs: of tiles beside each other, of the two blocks of a cluster
-    int read_once;         // no other tile reads a weight
+    // What clusters take: tiles of `row_step` by two, numbered from 0 to row_steps * pairs.
+    int row_steps, row_step, pairs;
+    int first, last;  // of these, whole ones, from `first` to before `last`
+    int read_once;    // no other tile reads a weight
+    int is_beside;    // clusters of two that run beside the kernel ahead, and end after it
 };
 
 struct Shared {
@@ -75,12 +85,15 @@ struct Ring {
 struct Tile {
     int row, feature;  // in tiles
 
+    // index: of what a cluster takes, row_step / CLUSTER_ROWS of which make one of Params'.
     __device__ __forceinline__ Tile(const Params& p, int index, int rank) {
-        const int group = index / (ROW_GROUP * p.pairs);
-        index -= group * ROW_GROUP * p.pairs;
-        const int rows = min(ROW_GROUP, p.row_tiles - group * ROW_GROUP);
-        row = group * ROW_GROUP + index % rows;
-        feature = index / rows * CLUSTER + rank;
+        const int parts = p.row_step / CLUSTER_ROWS, part = index % parts;
+        index /= parts;
+        const int in_group = ROW_GROUP / p.row_step, group = index / (in_group * p.pairs);
+        index -= group * in_group * p.pairs;
+        const int steps = min(in_group, p.row_steps - group * in_group);
+        row = (group * in_group + index % steps) * p.row_step + part + rank / 2;
+        feature = index / steps * 2 + rank % 2;
     }
 };
 
@@ -95,16 +108,21 @@ struct Loader {
     __device__ __forceinline__ void load_weights(const Tile& tile, int unit, int stage) const {
         const u32 full = s.full + stage * 8;
         barrier_expect(full, STAGE_BYTES);
-        const int group = tile.feature * (WIDTH / 8);
-        load_gates_and_ups(s.w(stage), &p.weight, unit * UNIT_C, group, full, w_policy);
+        const int part = rank / 2, group = tile.feature * (WIDTH / 8);
+        if (CLUSTER_ROWS == 1)
+            load_gates_and_ups(s.w(stage), &p.weight, unit * UNIT_C, group, full, w_policy);
+        else
+            load_gates_and_ups_for_cluster(s.w(stage) + part * (W_BYTES / 2), &p.weight,
+                                           unit * UNIT_C, group + part * (WIDTH / 16), full,
+                                           0b0101 << rank % 2, w_policy);
     }
     __device__ __forceinline__ void load_rows(const Tile& tile, int unit, int stage) const {
-        const int part = rank * (ROWS / CLUSTER);
+        const int part = rank % 2 * (ROWS / 2);
         load_box_for_cluster(s.x(stage) + part * ROW_BYTES, &p.x, unit * UNIT_C,
-                             tile.row * ROWS + part, s.full + stage * 8, (1 << CLUSTER) - 1,
+                             tile.row * ROWS + part, s.full + stage * 8, 0b11 << rank / 2 * 2,
                              x_policy);
     }
-    // Once both blocks are done with what the stage holds.
+    // Once all that share what the stage holds are done with it.
     __device__ __forceinline__ void reload(const Tile& tile, int unit, const Ring& done) const {
         barrier_wait(s.empty + done.stage * 8, done.parity);
         load_weights(tile, unit, done.stage);
@@ -115,7 +133,7 @@ struct Loader {
 // What a warpgroup does with a unit: its rows, by all features.
 struct Multiplier {
     const Shared& s;
-    int thread;
+    int rank, thread;
     u32 own_rows;
     float (&sums)[M_TILES][SUMS];
 
@@ -130,9 +148,9 @@ struct Multiplier {
                 multiply(sums[m], x + m * (64 * ROW_BYTES >> 4) + k * 2, w + k * 2);
         multiply_commit();
     }
-    // A thread tells each block of the cluster.
+    // A thread tells each block that has loaded some of it.
     __device__ __forceinline__ void release(const Ring& ring) {
-        if (thread < CLUSTER) barrier_arrive_at(s.empty + ring.stage * 8, thread);
+        if (thread < SHARERS) barrier_arrive_at(s.empty + ring.stage * 8, rank ^ thread);
     }
 };
 
@@ -178,25 +196,29 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(NUM
     const Shared s(memory);
     const bool is_loader = threadIdx.x == 0;
     const int rank = blockIdx.x % CLUSTER;
-    const int num_tiles = p.row_tiles * p.pairs, num_clusters = gridDim.x / CLUSTER;
-    int index = blockIdx.x / CLUSTER;
+    const int parts = p.row_step / CLUSTER_ROWS, end = p.last * parts;
+    const int num_clusters = gridDim.x / CLUSTER;
+    int index = p.first * parts + blockIdx.x / CLUSTER;
     Tile tile(p, index, rank);
     const Loader loader{p, s, rank, policy_evict_last(),
                         p.read_once ? policy_evict_first() : policy_evict_normal()};
     if (is_loader) {
         for (int stage = 0; stage < STAGES; stage++) {
             barrier_init(s.full + stage * 8, 1);
-            barrier_init(s.empty + stage * 8, 2 * CLUSTER);
+            barrier_init(s.empty + stage * 8, 2 * SHARERS);
         }
         publish_barriers();
-        // Weights come before the kernel ahead has ended.
-        for (int unit = 0; unit < STAGES; unit++) loader.load_weights(tile, unit, unit);
     }
     __syncthreads();
-    meet_cluster();
+    // Before it a block's barriers may not be there for another's loads.
+    if (CLUSTER_ROWS > 1) meet_cluster();
+    // Weights come before the kernel ahead has ended.
+    if (is_loader)
+        for (int unit = 0; unit < STAGES; unit++) loader.load_weights(tile, unit, unit);
+    if (CLUSTER_ROWS == 1) meet_cluster();
     let_next_kernel_start();
     if (is_loader) {
-        wait_for_kernel_before();
+        if (!p.is_beside) wait_for_kernel_before();
         for (int unit = 0; unit < STAGES; unit++) loader.load_rows(tile, unit, unit);
     }
     __syncwarp();
@@ -204,9 +226,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(NUM
     const int thread = threadIdx.x % WARPGROUP;
     const int own_row = threadIdx.x / WARPGROUP * WARPGROUP_ROWS;
     float sums[M_TILES][SUMS];
-    Multiplier multiplier{s, thread, (u32)(own_row * ROW_BYTES), sums};
+    Multiplier multiplier{s, rank, thread, (u32)(own_row * ROW_BYTES), sums};
     Ring ring, done;  // done: what has been multiplied and may be loaded anew
-    while (index < num_tiles) {
+    while (index < end) {
 #pragma unroll
         for (int m = 0; m < M_TILES; m++)
 #pragma unroll
@@ -231,11 +253,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(NUM
 
         const Tile stored = tile;
         index += num_clusters;
-        if (index < num_tiles) tile = Tile(p, index, rank);
+        if (index < end) tile = Tile(p, index, rank);
 #pragma unroll 1
         for (int i = 0; i < STAGES; i++, done.advance()) {
             multiplier.release(done);
-            if (is_loader && index < num_tiles) loader.reload(tile, i, done);
+            if (is_loader && index < end) loader.reload(tile, i, done);
             __syncwarp();
         }
         const int first = stored.row * ROWS + own_row + thread / 32 * 16;
@@ -246,4 +268,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(NUM
     if (is_loader)
         for (int i = 0; i < STAGES; i++, done.advance())
             barrier_wait(s.empty + done.stage * 8, done.parity ^ 1);
+    // All threads, so that who waits for this kernel has waited for the one beside it.
+    if (p.is_beside) wait_for_kernel_before();
 }

@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from graphengine.kernels.nvrtc import TensorMap, kernel, tensor_map
-from graphengine.kernels.tiles import GATED_ROWS, MULTIPROCESSORS
+from graphengine.kernels.nvrtc import Kernel, TensorMap, kernel, tensor_map
+from graphengine.kernels.tiles import GATED_ROWS, MULTIPROCESSORS, quad_share
 
 SOURCE = Path(__file__).with_name("gated_linear.cu")
 HEADER = Path(__file__).with_name("hopper.cuh")
@@ -27,7 +27,10 @@ ARCHITECTURE = "sm_90a"
 _UNIT_C = 64
 # Shared memory of a block, less what aligns it and the barriers.
 _ROOM = 232448 - 1024 - 128
-_INTS = ("num_rows", "intermediate", "units", "row_tiles", "pairs", "read_once")
+_INTS = (
+    *("num_rows", "intermediate", "units", "row_steps", "row_step", "pairs"),
+    *("first", "last", "read_once", "is_beside"),
+)
 
 
 class Params(ctypes.Structure):
@@ -47,14 +50,20 @@ class Launcher(Protocol):
     num_blocks: int
     """The most that run at once, an even number."""
 
+    def num_quads(self, features: int) -> int:
+        """Clusters of four blocks that run at once."""
+
     def rows_map(self, x: Tensor) -> TensorMap:
         """Boxes of GATED_ROWS / 2 rows of x by 64 columns."""
 
     def weight_map(self, weight: Tensor, features: int) -> TensorMap:
         """Boxes of 64 columns by features / 16 times 8 rows of gate beside 8 of up."""
 
-    def launch(self, params: Params, features: int, num_blocks: int) -> None:
-        """It may start before the kernel ahead has ended."""
+    def launch(
+        self, params: Params, features: int, num_blocks: int, *, cluster_rows: int, early: bool
+    ) -> None:
+        """cluster_rows: 2 in clusters of four blocks, 1 of two. early: it may start before the
+        kernel ahead has ended."""
 
 
 def gated_linear(
@@ -66,6 +75,10 @@ def gated_linear(
     has ended."""
     launcher = launcher or _launcher(x.device)
     num_rows, intermediate = x.shape[0], weight.shape[0] // 2
+    row_tiles, pairs = math.ceil(num_rows / GATED_ROWS), math.ceil(intermediate / features)
+    of_quads = quad_share(row_tiles, pairs, lambda: launcher.num_quads(features))
+    row_step = 2 if of_quads else 1
+    row_steps = math.ceil(row_tiles / row_step)
     out = torch.empty((num_rows, intermediate), dtype=x.dtype, device=x.device)
     params = Params(
         x=launcher.rows_map(x),
@@ -74,12 +87,25 @@ def gated_linear(
         num_rows=num_rows,
         intermediate=intermediate,
         units=x.shape[1] // _UNIT_C,
-        row_tiles=math.ceil(num_rows / GATED_ROWS),
-        pairs=math.ceil(intermediate / features),
+        row_steps=row_steps,
+        row_step=row_step,
+        pairs=pairs,
+        last=row_steps * pairs,
         read_once=num_rows <= GATED_ROWS,
     )
-    num_blocks = min(2 * params.pairs * params.row_tiles, launcher.num_blocks)
-    launcher.launch(params, features, num_blocks)
+    num_blocks = launcher.num_blocks
+    if of_quads:
+        params.last = of_quads
+        params.weight = launcher.weight_map(weight, features // 2)
+        quad_blocks = 4 * launcher.num_quads(features)
+        launcher.launch(params, features, quad_blocks, cluster_rows=2, early=False)
+        params.weight = launcher.weight_map(weight, features)
+        params.first, params.last = of_quads, row_steps * pairs
+        params.is_beside = True
+        num_blocks -= quad_blocks
+    num_blocks = min(2 * row_step * (params.last - params.first), num_blocks)
+    if num_blocks:
+        launcher.launch(params, features, num_blocks, cluster_rows=1, early=True)
     return out
 
 
@@ -93,6 +119,10 @@ class HopperLauncher:
         self._weight_maps: dict[
             tuple[int, ...], TensorMap
         ] = {}  # all of a map follows from its key
+
+    def num_quads(self, features: int) -> int:
+        """See Launcher."""
+        return self._kernel(features, 2).max_clusters(4)
 
     def rows_map(self, x: Tensor) -> TensorMap:
         """See Launcher."""
@@ -109,19 +139,26 @@ class HopperLauncher:
             self._weight_maps[key] = tensor_map(weight, sizes, strides, box)
         return self._weight_maps[key]
 
-    def launch(self, params: Params, features: int, num_blocks: int) -> None:
+    def launch(
+        self, params: Params, features: int, num_blocks: int, *, cluster_rows: int, early: bool
+    ) -> None:
         """See Launcher."""
         padded = ctypes.create_string_buffer(-(-ctypes.sizeof(params) // 64) * 64)
         ctypes.memmove(padded, ctypes.addressof(params), ctypes.sizeof(params))
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        kernel(
+        self._kernel(features, cluster_rows).launch(
+            padded, num_blocks=num_blocks, stream=stream, early=early
+        )
+
+    def _kernel(self, features: int, cluster_rows: int) -> Kernel:
+        return kernel(
             "gated_linear",
             SOURCE,
             (HEADER,),
             architecture=ARCHITECTURE,
-            defines=defines_for(features),
+            defines=defines_for(features, cluster_rows),
             device=self._device.index,
-        ).launch(padded, num_blocks=num_blocks, stream=stream, early=True)
+        )
 
 
 @functools.cache
@@ -129,8 +166,8 @@ def _launcher(device: torch.device) -> HopperLauncher:
     return HopperLauncher(device)
 
 
-def defines_for(features: int) -> dict[str, int]:
+def defines_for(features: int, cluster_rows: int) -> dict[str, int]:
     """What SOURCE is compiled with."""
     stored = 128 * (features + 16)
     stages = (_ROOM - stored) // (2 * _UNIT_C * (GATED_ROWS + features))
-    return {"FEATURES": features, "STAGES": stages}
+    return {"FEATURES": features, "STAGES": stages, "CLUSTER_ROWS": cluster_rows}

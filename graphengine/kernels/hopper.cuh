@@ -80,6 +80,16 @@ __device__ __forceinline__ void load_box_for_cluster(
         : "memory");
 }
 
+// The same as `load_box_for_cluster` is of `load_box`.
+__device__ __forceinline__ void load_gates_and_ups_for_cluster(
+    u32 to, const TensorMap* map, int c, int group, u32 barrier, u32 blocks, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster.L2::cache_hint [%0], [%1, {%2, %3, %3, %4}], [%5], %6, %7;" ::"r"(to),
+        "l"(map), "r"(c), "r"(0), "r"(group), "r"(barrier), "h"((unsigned short)blocks), "l"(policy)
+        : "memory");
+}
+
 // Arrives at the barrier that block `block` of the cluster has at this address.
 __device__ __forceinline__ void barrier_arrive_at(u32 barrier, u32 block) {
     asm volatile(

@@ -49,6 +49,7 @@ class Kernel:
         self._cubin = cubin
         self._name = name
         self._function: Any = None
+        self._max_clusters: int | None = None
 
     def load(self) -> None:
         """To the device whose context is current; at the first launch at the latest. Blocks until
@@ -67,6 +68,25 @@ class Kernel:
         checked(driver.cuFuncSetAttribute(function, attribute, 100))
         self._function = function
 
+    def max_clusters(self, num_blocks: int) -> int:
+        """How many clusters of so many blocks, as it is compiled for, run at once on an idle GPU.
+        In a rehearsal, see `ahead`, 1: it will be loaded."""
+        if ahead.is_rehearsal():
+            ahead.want(self.load)
+            return 1
+        self.load()
+        if self._max_clusters is None:
+            config = self._config(num_blocks)
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            sizes = attribute.value.clusterDim
+            sizes.x, sizes.y, sizes.z = num_blocks, 1, 1
+            config.attrs = [attribute]
+            config.numAttrs = 1
+            found = driver.cuOccupancyMaxActiveClusters(self._function, config)
+            self._max_clusters = int(checked(found))
+        return self._max_clusters
+
     def launch(
         self, params: ctypes.Array[ctypes.c_char], *, num_blocks: int, stream: int, early: bool
     ) -> None:
@@ -77,10 +97,7 @@ class Kernel:
             ahead.want(self.load)
             return
         self.load()
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = num_blocks, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = self._num_threads, 1, 1
-        config.sharedMemBytes = self._shared_bytes
+        config = self._config(num_blocks)
         config.hStream = stream
         if early:
             ids = driver.CUlaunchAttributeID
@@ -91,6 +108,13 @@ class Kernel:
             config.numAttrs = 1
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0))
+
+    def _config(self, num_blocks: int) -> Any:
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = num_blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._num_threads, 1, 1
+        config.sharedMemBytes = self._shared_bytes
+        return config
 
 
 def _constant(module: Any, name: str) -> int:

@@ -13,6 +13,7 @@ Letters: N tokens, F output features, C input features, S splits of C, I interme
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 # Above this many rows arithmetic counts too: Triton is ahead with small weights alone.
@@ -31,6 +32,8 @@ _ONE_WAVE = range(112, MULTIPROCESSORS + 1)
 _LEAST_GATED = 2**22
 _LEAST_GATED_DEPTH = 512
 _LEAST_BUSY = 0.8
+# Waves from which on clusters of four take most of the tiles of `gated_linear`.
+_LEAST_QUAD_WAVES = 4
 # Fewer rows tl.dot does not take.
 _MIN_ROWS = 16
 # Programs that keep the 132 multiprocessors of an H100 or H200 at work, and the least depth of one.
@@ -154,6 +157,23 @@ def _gated_features(intermediate: int) -> int:
         if 2 * math.ceil(intermediate / features) in _ONE_WAVE:
             return features
     return min((224, 192), key=lambda features: math.ceil(intermediate / features) * features)
+
+
+def quad_share(row_tiles: int, pairs: int, num_quads: Callable[[], int]) -> int:
+    """How many of `gated_linear`'s tiles, taken two by two, clusters of four take; clusters of two
+    beside them take the rest. 0: those take all, since there is little or it would be a wave more.
+
+    row_tiles, pairs: of tiles, below each other and beside each other. num_quads: how many clusters
+    of four run at once."""
+    waves = math.ceil(2 * row_tiles * pairs / MULTIPROCESSORS)
+    if waves < _LEAST_QUAD_WAVES:
+        return 0
+    # Of two, which have room beside those of four.
+    num_beside = (MULTIPROCESSORS - 4 * num_quads()) // 2
+    total = math.ceil(row_tiles / 2) * pairs
+    if 2 * total > waves * (2 * num_quads() + num_beside):
+        return 0
+    return min(waves * num_quads(), total)
 
 
 def padded_rows(num_rows: int) -> int:

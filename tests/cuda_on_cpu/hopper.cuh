@@ -56,7 +56,10 @@ struct alignas(64) TensorMap {
 namespace emulator {
 
 constexpr u32 SHARED_ADDRESS = 0x2340;  // not aligned, as a real one may not be
-constexpr int CLUSTER_BLOCKS = 2;       // of a kernel that has clusters
+#ifndef CLUSTER_ROWS
+#define CLUSTER_ROWS 1
+#endif
+constexpr int CLUSTER_BLOCKS = 2 * CLUSTER_ROWS;  // of a kernel that has clusters
 
 struct Barrier {
     int count, missing, bytes = 0;
@@ -414,6 +417,10 @@ inline void load_box_for_cluster(
     u32 to, const TensorMap* map, int c, int r, u32 barrier, u32 blocks, u64) {
     for (int i = 0; i < emulator::CLUSTER_BLOCKS; i++)
         if (blocks >> i & 1) emulator::neighbour(i).copies.push_back({to, barrier, *map, c, r});
+}
+inline void load_gates_and_ups_for_cluster(
+    u32 to, const TensorMap* map, int c, int group, u32 barrier, u32 blocks, u64 policy) {
+    load_box_for_cluster(to, map, c, group, barrier, blocks, policy);
 }
 inline void barrier_arrive_at(u32 barrier, u32 block) {
     auto& b = emulator::neighbour(block).barriers.at(barrier);
