@@ -236,25 +236,37 @@ def test_gpu_computes_what_the_reference_does(num_rows: int, intermediate: int, 
 
 
 @pytest.mark.gpu
-def test_gpu_replays_what_it_computes() -> None:
+@pytest.mark.parametrize("num_rows", [256, 2048])
+def test_gpu_replays_what_it_computes(num_rows: int) -> None:
     from graphengine.kernels import fused
+    from graphengine.kernels.gated_linear import HopperLauncher
 
-    x, weight = inputs(256, 14336, 4096, "cuda")
+    x, weight = inputs(num_rows, 14336, 4096, "cuda")
+    quads = tiles.quad_share(num_rows // 256, 64, lambda: HopperLauncher(x.device).num_quads(224))
+    assert (quads > 0) == (num_rows == 2048)
     norm = torch.ones(4096, device=CUDA, dtype=torch.bfloat16)
 
-    def step() -> Tensor:
-        return fused.linear_silu_mul(fused.rms_norm(x, norm, 1e-5), weight, None, decode=True)
+    def step() -> tuple[Tensor, Tensor]:
+        normed = fused.rms_norm(x, norm, 1e-5)
+        product = fused.linear_silu_mul(normed, weight, None, decode=num_rows <= 256)
+        # One that starts early and reads what is computed last in clusters of four.
+        return product, fused.linear_silu_mul(product[-256:, 9344:13440], weight, None)
 
-    expected = step()
+    step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         actual = step()
     for _ in range(20):
-        actual.zero_()
+        x.normal_()
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(actual, expected)
+        replayed = [part.clone() for part in actual]
+        for part in actual:
+            part.fill_(torch.nan)
+        assert_close(replayed[0], fused.rms_norm(x, norm, 1e-5), weight)
+        for part, expected in zip(replayed, step(), strict=True):
+            assert torch.equal(part, expected)
 
 
 @pytest.mark.gpu
