@@ -106,7 +106,8 @@ class CpuRowLauncher:
 
 class CpuGatedLauncher:
     """A Launcher of graphengine.kernels.gated_linear, for tiles of `features`. seed: of the order
-    in which threads run; each launch has its own. writes: as of CpuAttentionLauncher. quads:
+    in which threads run; each launch has its own. folder: for compiled kernels, which another may
+    have left there. writes: as of CpuAttentionLauncher. quads:
     clusters of four that run at once. launches: (blocks, cluster_rows, early) of each. writes_of:
     the number of the launch that has the writes, if not each has."""
 
@@ -119,7 +120,6 @@ class CpuGatedLauncher:
         self._features = features
         self._quads = quads
         self._folder = folder
-        self._libraries: dict[int, ctypes.CDLL] = {}
 
     def num_quads(self, features: int) -> int:
         return self._quads
@@ -142,11 +142,10 @@ class CpuGatedLauncher:
         assert features == self._features
         has_writes = self.writes_of in (None, len(self.launches))
         self.launches.append((num_blocks, cluster_rows, early))
-        if cluster_rows not in self._libraries:
-            output = self._folder / f"gated-{features}-{cluster_rows}.so"
-            defines = gated_linear.defines_for(features, cluster_rows)
-            self._libraries[cluster_rows] = _compiled("gated_linear.cpp", output, defines)
-        library = self._libraries[cluster_rows]
+        output = self._folder / f"gated-{features}-{cluster_rows}.so"
+        if not output.exists():
+            _compiled("gated_linear.cpp", output, gated_linear.defines_for(features, cluster_rows))
+        library = ctypes.CDLL(str(output))
         array, count = _writes(self.writes if has_writes else ())
         seed = ctypes.c_uint(self.seed)
         with _aligned(params, library.params_bytes()) as address:

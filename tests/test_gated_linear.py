@@ -102,15 +102,16 @@ def test_order_of_threads_does_not_matter(launcher: MakeLauncher) -> None:
         (2048, 192, 96, 8, 1, [(4, 2, False), (4, 1, True)]),
         (1600, 208, 96, 8, 1, [(4, 2, False), (4, 1, True)]),  # 7 tiles of rows, the last not full
         (2600, 192, 96, 8, 1, [(4, 2, False), (4, 1, True)]),  # more than run side by side
+        (6300, 64, 96, 16, 3, [(12, 2, False), (2, 1, True)]),  # one left, of 25 rows
+        (1280, 480, 96, 16, 3, [(12, 2, False), (4, 1, True)]),  # only the last row of tiles left
         (2048, 192, 96, 8, 2, [(8, 2, False)]),  # no room beside
         (1600, 448, 224, 8, 1, [(4, 2, False), (4, 1, True)]),
         (1024, 192, 96, 8, 1, [(8, 1, True)]),  # two waves
-        (1200, 192, 96, 4, 1, [(4, 1, True)]),  # a wave more by two and two rows of tiles
+        (1200, 192, 96, 4, 1, [(4, 1, True)]),  # nobody beside for the last row of tiles
     ],
 )
 def test_clusters_of_four_compute_what_those_of_two_do(
     launcher: MakeLauncher,
-    monkeypatch: pytest.MonkeyPatch,
     num_rows: int,
     intermediate: int,
     features: int,
@@ -118,7 +119,6 @@ def test_clusters_of_four_compute_what_those_of_two_do(
     quads: int,
     launches: list[tuple[int, int, bool]],
 ) -> None:
-    monkeypatch.setattr(tiles, "MULTIPROCESSORS", num_blocks)
     x, weight = inputs(num_rows, intermediate, 320)
     four = launcher(features, num_blocks, quads)
     actual = gated_linear(x, weight, features, four)
@@ -128,9 +128,8 @@ def test_clusters_of_four_compute_what_those_of_two_do(
 
 
 def test_clusters_beside_wait_for_the_others_not_for_the_kernel_ahead(
-    launcher: MakeLauncher, monkeypatch: pytest.MonkeyPatch
+    launcher: MakeLauncher,
 ) -> None:
-    monkeypatch.setattr(tiles, "MULTIPROCESSORS", 8)
     x, weight = inputs(2048, 192, 320)
     four = launcher(96, 8, 1)
     # Written when the second launch, which has half of the tiles, first waits: when one of its
@@ -191,15 +190,23 @@ def test_tiles_of_256_rows_fill_their_waves(
         (32, 64, 0, 0),
         (4, 64, 30, 120),
         (3, 64, 30, 0),  # three waves
-        (33, 64, 30, 0),  # 32 waves would be 33
-        (30, 64, 30, 900),
-        (31, 64, 30, 0),  # the same: rows that are not there
+        (33, 64, 30, 960),  # the last row of tiles is left to clusters of two
+        (9, 64, 30, 0),  # in 9 waves these have time for 54 of its 64
+        (11, 64, 30, 320),
     ],
 )
 def test_clusters_of_four_take_no_wave_more(
     row_tiles: int, pairs: int, num_quads: int, share: int
 ) -> None:
-    assert tiles.quad_share(row_tiles, pairs, lambda: num_quads) == share
+    actual = tiles.quad_share(row_tiles, pairs, num_blocks=132, num_quads=lambda: num_quads)
+    assert actual == share
+
+
+def test_a_prefill_of_waves_enough_asks_for_clusters_of_four_whether_it_takes_them_or_not() -> None:
+    """So that no smaller one is the first to."""
+    asked = []
+    assert tiles.quad_share(9, 64, num_blocks=132, num_quads=lambda: asked.append(1) or 30) == 0
+    assert asked
 
 
 @pytest.mark.parametrize("num_rows", [1, 192, 211, 257, 384])
@@ -221,7 +228,7 @@ def test_long_prefills_of_other_models(intermediate: int, depth: int, features: 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_rows", [224, 256, 512, 1000, 8195])
+@pytest.mark.parametrize("num_rows", [224, 256, 512, 1000, 3200, 8195])
 @pytest.mark.parametrize(
     ("intermediate", "depth"), [(14336, 4096), (12288, 4096), (9728, 2560), (8192, 3072)]
 )
@@ -242,8 +249,9 @@ def test_gpu_replays_what_it_computes(num_rows: int) -> None:
     from graphengine.kernels.gated_linear import HopperLauncher
 
     x, weight = inputs(num_rows, 14336, 4096, "cuda")
-    quads = tiles.quad_share(num_rows // 256, 64, lambda: HopperLauncher(x.device).num_quads(224))
-    assert (quads > 0) == (num_rows == 2048)
+    quads = HopperLauncher(x.device).num_quads(224)
+    share = tiles.quad_share(num_rows // 256, 64, num_blocks=132, num_quads=lambda: quads)
+    assert (share > 0) == (num_rows == 2048)
     norm = torch.ones(4096, device=CUDA, dtype=torch.bfloat16)
 
     def step() -> tuple[Tensor, Tensor]:

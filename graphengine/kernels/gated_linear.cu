@@ -5,14 +5,15 @@
 // make one wave: each multiprocessor has one tile, none waits for a second. Of a tile 224 features
 // wide the sums fill 7/8 of the registers there are, which leaves no room for a warp that does
 // nothing but load: two warpgroups multiply 128 rows each, and a thread of theirs streams both
-// operands into a ring of shared memory. A block with several tiles loads the next one's first units
-// before it stores one.
+// operands into a ring of shared memory. A block with several tiles loads the first units of the
+// next one before it stores one.
 //
 // Two blocks, a cluster, share their rows: each loads half of them for both. In a cluster of four,
 // two by two, those that share features do the same with weights, so that a third less is read from
-// the L2 cache; at the power limit that is time. As a GPU's multiprocessors make no whole number of
-// such clusters, one launch of them is followed by one of clusters of two, which run beside them
-// where there is room (`is_beside`). Who computes a tile changes nothing in it.
+// the L2 cache; at the power limit that is time. A cluster lies in one group of multiprocessors, few
+// of which make a whole number of fours, so one launch of them is followed by one of clusters of
+// two, which run beside them where there is room (`is_beside`). Who computes a tile changes nothing
+// in it.
 //
 // In shared memory 8 rows of gate's weights lie beside 8 of up's, as the copy engine puts them: so
 // the two sums of a feature are the same thread's.
@@ -20,7 +21,8 @@
 // PTX ISA 8: mbarrier, cp.async.bulk.tensor, wgmma, stmatrix, griddepcontrol; the layout of wgmma's
 // accumulators and of its shared-memory descriptors is from there.
 //
-// Set when compiled: FEATURES, STAGES, CLUSTER_ROWS (tiles of rows of a cluster, 1 or 2). Letters: N rows, C input features, I intermediate.
+// Set when compiled: FEATURES, STAGES, CLUSTER_ROWS (tiles of rows of a cluster, 1 or 2). Letters:
+// N rows, C input features, I intermediate.
 
 #define NR FEATURES
 #include <hopper.cuh>
@@ -50,9 +52,10 @@ struct Params {
     bf16* out;         // [N, I]
     int num_rows, intermediate;
     int units;             // of C: STAGES or more
-    // What clusters take: tiles of `row_step` by two, numbered from 0 to row_steps * pairs.
+    // Tiles lie in `pairs` of two beside each other and, of rows, in `row_steps` steps of
+    // `row_step`, 1 or 2; of 2 one more may be left over.
     int row_steps, row_step, pairs;
-    int first, last;  // of these, whole ones, from `first` to before `last`
+    int first, last;  // of what this launch's clusters take: from `first` to before `last`
     int read_once;    // no other tile reads a weight
     int is_beside;    // clusters of two that run beside the kernel ahead, and end after it
 };
@@ -85,9 +88,14 @@ struct Ring {
 struct Tile {
     int row, feature;  // in tiles
 
-    // index: of what a cluster takes, row_step / CLUSTER_ROWS of which make one of Params'.
+    // index: of what clusters as large as this one take, steps before the row of tiles left over.
     __device__ __forceinline__ Tile(const Params& p, int index, int rank) {
         const int parts = p.row_step / CLUSTER_ROWS, part = index % parts;
+        if (const int left_over = index - p.row_steps * p.pairs * parts; left_over >= 0) {
+            row = p.row_steps * p.row_step;
+            feature = left_over * 2 + rank % 2;
+            return;
+        }
         index /= parts;
         const int in_group = ROW_GROUP / p.row_step, group = index / (in_group * p.pairs);
         index -= group * in_group * p.pairs;
@@ -196,9 +204,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(NUM
     const Shared s(memory);
     const bool is_loader = threadIdx.x == 0;
     const int rank = blockIdx.x % CLUSTER;
-    const int parts = p.row_step / CLUSTER_ROWS, end = p.last * parts;
     const int num_clusters = gridDim.x / CLUSTER;
-    int index = p.first * parts + blockIdx.x / CLUSTER;
+    int index = p.first + blockIdx.x / CLUSTER;
     Tile tile(p, index, rank);
     const Loader loader{p, s, rank, policy_evict_last(),
                         p.read_once ? policy_evict_first() : policy_evict_normal()};
@@ -210,11 +217,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(NUM
         publish_barriers();
     }
     __syncthreads();
-    // Before it a block's barriers may not be there for another's loads.
+    // Before a block loads for another, whose barriers may not be there yet. Of two it loads weights
+    // for itself alone.
     if (CLUSTER_ROWS > 1) meet_cluster();
-    // Weights come before the kernel ahead has ended.
+    // They come before the kernel ahead has ended.
     if (is_loader)
         for (int unit = 0; unit < STAGES; unit++) loader.load_weights(tile, unit, unit);
+    __syncwarp();
     if (CLUSTER_ROWS == 1) meet_cluster();
     let_next_kernel_start();
     if (is_loader) {
@@ -228,7 +237,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(NUM
     float sums[M_TILES][SUMS];
     Multiplier multiplier{s, rank, thread, (u32)(own_row * ROW_BYTES), sums};
     Ring ring, done;  // done: what has been multiplied and may be loaded anew
-    while (index < end) {
+    while (index < p.last) {
 #pragma unroll
         for (int m = 0; m < M_TILES; m++)
 #pragma unroll
@@ -253,21 +262,21 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(NUM
 
         const Tile stored = tile;
         index += num_clusters;
-        if (index < end) tile = Tile(p, index, rank);
+        if (index < p.last) tile = Tile(p, index, rank);
 #pragma unroll 1
         for (int i = 0; i < STAGES; i++, done.advance()) {
             multiplier.release(done);
-            if (is_loader && index < end) loader.reload(tile, i, done);
+            if (is_loader && index < p.last) loader.reload(tile, i, done);
             __syncwarp();
         }
         const int first = stored.row * ROWS + own_row + thread / 32 * 16;
 #pragma unroll
         for (int m = 0; m < M_TILES; m++) store(p, s, stored, sums[m], first + m * 64);
     }
-    // None may leave before the other has told it what is empty: of the last units, a ring ago.
+    // None may leave before the others have told it what is empty: of the last units, a ring ago.
     if (is_loader)
         for (int i = 0; i < STAGES; i++, done.advance())
             barrier_wait(s.empty + done.stage * 8, done.parity ^ 1);
-    // All threads, so that who waits for this kernel has waited for the one beside it.
+    // So that who waits for this kernel has waited for the one beside it.
     if (p.is_beside) wait_for_kernel_before();
 }

@@ -27,10 +27,8 @@ ARCHITECTURE = "sm_90a"
 _UNIT_C = 64
 # Shared memory of a block, less what aligns it and the barriers.
 _ROOM = 232448 - 1024 - 128
-_INTS = (
-    *("num_rows", "intermediate", "units", "row_steps", "row_step", "pairs"),
-    *("first", "last", "read_once", "is_beside"),
-)
+_TILING = ("num_rows", "intermediate", "units", "row_steps", "row_step", "pairs")
+_SHARE = ("first", "last", "read_once", "is_beside")
 
 
 class Params(ctypes.Structure):
@@ -40,7 +38,7 @@ class Params(ctypes.Structure):
         ("x", TensorMap),
         ("weight", TensorMap),
         ("out", ctypes.c_void_p),
-        *((name, ctypes.c_int) for name in _INTS),
+        *((name, ctypes.c_int) for name in (*_TILING, *_SHARE)),
     )
 
 
@@ -51,7 +49,7 @@ class Launcher(Protocol):
     """The most that run at once, an even number."""
 
     def num_quads(self, features: int) -> int:
-        """Clusters of four blocks that run at once."""
+        """Clusters of four blocks that run at once, of the same num_blocks."""
 
     def rows_map(self, x: Tensor) -> TensorMap:
         """Boxes of GATED_ROWS / 2 rows of x by 64 columns."""
@@ -72,13 +70,15 @@ def gated_linear(
     """`reference.linear_silu_mul` of bfloat16 without bias: x [N, C], dense rows, and weight
     [2I, C] give [N, I]. features: of a tile, as `tiles.gated_features` gives them; C at least as
     deep as it asks for. On torch's current stream; it reads of the weight before the kernel ahead
-    has ended."""
+    has ended. One launch, or two that run beside each other and end together."""
     launcher = launcher or _launcher(x.device)
     num_rows, intermediate = x.shape[0], weight.shape[0] // 2
     row_tiles, pairs = math.ceil(num_rows / GATED_ROWS), math.ceil(intermediate / features)
-    of_quads = quad_share(row_tiles, pairs, lambda: launcher.num_quads(features))
+    num_blocks = launcher.num_blocks
+    of_quads = quad_share(
+        row_tiles, pairs, num_blocks=num_blocks, num_quads=lambda: launcher.num_quads(features)
+    )
     row_step = 2 if of_quads else 1
-    row_steps = math.ceil(row_tiles / row_step)
     out = torch.empty((num_rows, intermediate), dtype=x.dtype, device=x.device)
     params = Params(
         x=launcher.rows_map(x),
@@ -87,24 +87,25 @@ def gated_linear(
         num_rows=num_rows,
         intermediate=intermediate,
         units=x.shape[1] // _UNIT_C,
-        row_steps=row_steps,
+        row_steps=row_tiles // row_step,
         row_step=row_step,
         pairs=pairs,
-        last=row_steps * pairs,
         read_once=num_rows <= GATED_ROWS,
     )
-    num_blocks = launcher.num_blocks
     if of_quads:
+        quad_blocks = 4 * launcher.num_quads(features)
         params.last = of_quads
         params.weight = launcher.weight_map(weight, features // 2)
-        quad_blocks = 4 * launcher.num_quads(features)
+        # Not early: the launch beside it reads x, and writes out, without waiting. It may, as it
+        # starts only after this one, and this one after all that comes before.
         launcher.launch(params, features, quad_blocks, cluster_rows=2, early=False)
         params.weight = launcher.weight_map(weight, features)
-        params.first, params.last = of_quads, row_steps * pairs
+        params.first = 2 * of_quads
         params.is_beside = True
         num_blocks -= quad_blocks
-    num_blocks = min(2 * row_step * (params.last - params.first), num_blocks)
-    if num_blocks:
+    params.last = row_tiles * pairs
+    if params.first < params.last:
+        num_blocks = min(2 * (params.last - params.first), num_blocks)
         launcher.launch(params, features, num_blocks, cluster_rows=1, early=True)
     return out
 

@@ -6,8 +6,8 @@ Where it may, a kernel begins with `enter_early`: it lets the kernel after it st
 until all before it have ended and their writes can be seen. A kernel ends only after its own wait,
 or began in the usual way when all before it had ended, so one wait covers all that came before,
 whatever they were. What stands above the wait may read what no kernel of the step writes: weights,
-and the step's inputs. CUDA C++ programming guide, "Programmatic Dependent Launch and
-Synchronization".
+and the step's inputs; in `gated_linear`'s second launch also what the first, which began in the
+usual way, may. CUDA C++ programming guide, "Programmatic Dependent Launch and Synchronization".
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Kernel:
         checked(driver.cuFuncSetAttribute(function, attribute, 100))
         self._function = function
 
-    def max_clusters(self, num_blocks: int) -> int:
+    def max_clusters(self, cluster_blocks: int) -> int:
         """How many clusters of so many blocks, as it is compiled for, run at once on an idle GPU.
         In a rehearsal, see `ahead`, 1: it will be loaded."""
         if ahead.is_rehearsal():
@@ -76,11 +76,11 @@ class Kernel:
             return 1
         self.load()
         if self._max_clusters is None:
-            config = self._config(num_blocks)
+            config = self._config(cluster_blocks)
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
             sizes = attribute.value.clusterDim
-            sizes.x, sizes.y, sizes.z = num_blocks, 1, 1
+            sizes.x, sizes.y, sizes.z = cluster_blocks, 1, 1
             config.attrs = [attribute]
             config.numAttrs = 1
             found = driver.cuOccupancyMaxActiveClusters(self._function, config)

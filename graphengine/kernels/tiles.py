@@ -159,21 +159,21 @@ def _gated_features(intermediate: int) -> int:
     return min((224, 192), key=lambda features: math.ceil(intermediate / features) * features)
 
 
-def quad_share(row_tiles: int, pairs: int, num_quads: Callable[[], int]) -> int:
+def quad_share(row_tiles: int, pairs: int, *, num_blocks: int, num_quads: Callable[[], int]) -> int:
     """How many of `gated_linear`'s tiles, taken two by two, clusters of four take; clusters of two
     beside them take the rest. 0: those take all, since there is little or it would be a wave more.
 
-    row_tiles, pairs: of tiles, below each other and beside each other. num_quads: how many clusters
-    of four run at once."""
-    waves = math.ceil(2 * row_tiles * pairs / MULTIPROCESSORS)
+    row_tiles: below each other. pairs: of tiles beside each other. num_blocks: that run at once, of
+    which clusters of four make num_quads(): asked for wherever there are waves enough, so that the
+    largest prefill tells whether any needs them."""
+    num_pairs = row_tiles * pairs
+    waves = math.ceil(2 * num_pairs / num_blocks)
     if waves < _LEAST_QUAD_WAVES:
         return 0
-    # Of two, which have room beside those of four.
-    num_beside = (MULTIPROCESSORS - 4 * num_quads()) // 2
-    total = math.ceil(row_tiles / 2) * pairs
-    if 2 * total > waves * (2 * num_quads() + num_beside):
-        return 0
-    return min(waves * num_quads(), total)
+    quads = num_quads()
+    share = min(waves * quads, row_tiles // 2 * pairs)
+    num_beside = (num_blocks - 4 * quads) // 2
+    return share if num_pairs - 2 * share <= waves * num_beside else 0
 
 
 def padded_rows(num_rows: int) -> int:

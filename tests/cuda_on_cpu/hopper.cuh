@@ -64,6 +64,7 @@ constexpr int CLUSTER_BLOCKS = 2 * CLUSTER_ROWS;  // of a kernel that has cluste
 struct Barrier {
     int count, missing, bytes = 0;
     u32 phase = 0;
+    bool has_news = false;  // loads that nobody has waited for yet
     void settle() {
         if (missing == 0 && bytes == 0) {
             phase ^= 1;
@@ -74,7 +75,7 @@ struct Barrier {
 
 // Of threads, by number of those that meet.
 struct Meeting {
-    int arrived = 0;
+    int arrived = 0, times = 0;
     std::vector<int> waiting;
 };
 
@@ -226,6 +227,7 @@ inline void remove_current() {
 inline void meet(Meeting& meeting, int count) {
     if (++meeting.arrived == count) {
         meeting.arrived = 0;
+        meeting.times++;
         for (int other : meeting.waiting) machine.runnable.push_back(other);
         meeting.waiting.clear();
         return;
@@ -237,9 +239,14 @@ inline void meet(Meeting& meeting, int count) {
 
 inline void meet(int id, int count) { meet(block().meetings[id], count); }
 
-// A block of this one's cluster, which must not have ended.
+// A block of this one's cluster, which must have begun and not have ended.
 inline Block& neighbour(int rank) {
-    Block& other = machine.blocks[fiber().block / CLUSTER_BLOCKS * CLUSTER_BLOCKS + rank];
+    const int cluster = fiber().block / CLUSTER_BLOCKS;
+    Block& other = machine.blocks[cluster * CLUSTER_BLOCKS + rank];
+    if (machine.cluster_meetings[cluster].times == 0) {
+        std::fprintf(stderr, "a block of the cluster may not have begun\n");
+        std::abort();
+    }
     if (other.running == 0) {
         std::fprintf(stderr, "a block of the cluster has ended too early\n");
         std::abort();
@@ -289,6 +296,12 @@ inline void enter() {
         std::fprintf(stderr, "a thread has ended and its copies are under way\n");
         std::abort();
     }
+    if (block().running == 0)
+        for (const auto& [address, barrier] : block().barriers)
+            if (barrier.has_news) {
+                std::fprintf(stderr, "a block has ended and nobody waited for its loads\n");
+                std::abort();
+            }
     remove_current();
     if (machine.runnable.empty()) {
         machine.is_over = true;
@@ -399,12 +412,15 @@ inline void barrier_arrive(u32 barrier) {
 inline void barrier_expect(u32 barrier, u32 bytes) {
     auto& b = emulator::block().barriers.at(barrier);
     b.bytes += (int)bytes;
+    b.has_news = true;
     b.missing--;
     b.settle();
 }
 inline void barrier_wait(u32 barrier, u32 parity) {
     emulator::fiber().where = "a barrier";
-    while (emulator::block().barriers.at(barrier).phase == parity) emulator::leave();
+    auto& b = emulator::block().barriers.at(barrier);
+    while (b.phase == parity) emulator::leave();
+    if (b.missing == b.count) b.has_news = false;
 }
 inline void load_box(u32 to, const TensorMap* map, int c, int r, u32 barrier, u64) {
     emulator::block().copies.push_back({to, barrier, *map, c, r});
