@@ -10,10 +10,10 @@
 //
 // Two blocks, a cluster, share their rows: each loads half of them for both. In a cluster of four,
 // two by two, those that share features do the same with weights, so that a third less is read from
-// the L2 cache; at the power limit that is time. A cluster lies in one group of multiprocessors, few
-// of which make a whole number of fours, so one launch of them is followed by one of clusters of
-// two, which run beside them where there is room (`is_beside`). Who computes a tile changes nothing
-// in it.
+// the L2 cache; at the power limit that is time. A cluster lies within a GPC, whose multiprocessors
+// need not be a whole number of fours. So a launch of them is followed by one of clusters of two,
+// which run beside them where there is room (`is_beside`). Who computes a tile changes nothing in
+// it.
 //
 // In shared memory 8 rows of gate's weights lie beside 8 of up's, as the copy engine puts them: so
 // the two sums of a feature are the same thread's.
