@@ -238,6 +238,7 @@ def test_template_that_is_none_is_a_config_error() -> None:
         ({"template": "a", "prompt_column": "b"}, "--template and --prompt-column each make"),
         ({"order": "random"}, "--order is 'random'; choose one of completion, input"),
         ({"workers": 0}, "--workers is 0"),
+        ({"workers": 100_000}, "--workers is 100000; give 1 to 256, each a process"),
         ({"part_rows": 0}, "--part-rows is 0"),
         ({"keep": (("text", "text"),)}, "the output has a column of that name; write text=NEW"),
         ({"keep": (("a", "b"), ("c", "b"))}, "the output has a column of that name"),

@@ -12,6 +12,9 @@ from graphengine.jobs.shard import Shard
 from graphengine.request import SamplingParams
 
 ORDERS = ("completion", "input")
+# Each is a process with an engine and sockets of its own, and no machine has as many GPUs or cores
+# to spare: more is a slip of the keyboard that would fill the memory for minutes.
+MAX_WORKERS = 256
 # What the output has of its own.
 COLUMNS = (
     "id",
@@ -83,8 +86,11 @@ class JobConfig:
                 )
         if self.order not in ORDERS:
             raise ConfigError(f"--order is {self.order!r}; choose one of {', '.join(ORDERS)}")
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"--workers is {self.workers}; give 1 or more, or auto")
+        if self.workers is not None and not 1 <= self.workers <= MAX_WORKERS:
+            raise ConfigError(
+                f"--workers is {self.workers}; give 1 to {MAX_WORKERS}, each a process with an "
+                "engine of its own, or auto"
+            )
         if self.part_rows < 1:
             raise ConfigError(f"--part-rows is {self.part_rows}; give 1 or more")
         taken = set(COLUMNS)
