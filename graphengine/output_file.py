@@ -18,6 +18,7 @@ from graphengine.errors import ConfigError
 from graphengine.request import FinishReason, RequestOutput
 
 STDOUT = "-"
+STDOUT_NAME = "standard output"
 MAX_ERRORS_SHOWN = 10
 _MAX_PROMPT_CHARS = 200
 # A text may hold escape sequences, and a terminal would carry them out.

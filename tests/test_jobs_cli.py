@@ -25,6 +25,7 @@ import pytest
 from jobs import by_index, read, write_jsonl
 from typer.testing import CliRunner, Result
 
+import cli
 import graphengine.jobs.job
 from cli import app
 from graphengine.jobs.watch import (
@@ -67,6 +68,27 @@ def test_job_ends_with_its_counts_on_standard_output(tmp_path: Path, source: Pat
     assert counts["is_complete"] is True
     assert counts["output_tokens"] == 60
     assert "20 rows: 40 prompt and 60 output tokens in" in result.stderr
+    assert len(by_index(out)) == 20
+
+
+def test_full_standard_output_is_one_line_and_the_rows_are_written(
+    tmp_path: Path,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Once a traceback and exit code 1, which is that of rows in error."""
+    out = tmp_path / "out.jsonl"
+    arguments = ["run", "demo", str(source), f"--output={out}", "--prompt-column=q", *ON_CPU]
+    monkeypatch.setattr(sys, "argv", ["graphengine", *arguments])
+    # Closing it would raise if text were left, as exit does.
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: standard output: No space left on device")
     assert len(by_index(out)) == 20
 
 
