@@ -183,6 +183,10 @@ JOB_PROBLEMS: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
         lambda p: [made(p / "in.jsonl", ROW), "--output=out.csv"],
         "give a .jsonl file, or a directory",
     ),
+    "output dash": (
+        lambda p: [made(p / "in.jsonl", ROW), "--output=-"],
+        "--output is -, where the summary goes; give a file or a directory",
+    ),
     "output nowhere": (
         lambda p: [made(p / "in.jsonl", ROW), f"--output={p}/none/out.jsonl"],
         "make it first",
