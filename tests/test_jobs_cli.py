@@ -201,7 +201,11 @@ JOB_PROBLEMS: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
     ),
     "summary nowhere": (
         lambda p: [made(p / "in.jsonl", ROW), f"--summary={p}/none/x.json"],
-        "make it first",
+        "--summary {p}/none/x.json: no directory {p}/none; make it first",
+    ),
+    "trace nowhere": (
+        lambda p: [made(p / "in.jsonl", ROW), f"--trace={p}/none/x.json"],
+        "--trace {p}/none/x.json: no directory {p}/none; make it first",
     ),
     "OpenAI lines in Parquet": (
         lambda p: [
@@ -225,7 +229,7 @@ def test_job_problem_is_one_line_and_exit_code_2(
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
-    assert error in line
+    assert error.replace("{p}", str(folder)) in line
     assert not (tmp_path / "out.jsonl").exists()
 
 

@@ -222,7 +222,7 @@ def run(
                 place.check_beside("--tuning", str(inside))
         for option, path in (("--summary", summary), ("--trace", trace)):
             if path is not None:
-                check_output_path(path, input)
+                check_output_path(path, input, option=option)
                 place.check_beside(option, path)
         # For the worker processes, as `generate` sets them for its own.
         environment = {**environment_defaults(), **os.environ}
