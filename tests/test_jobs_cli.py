@@ -169,7 +169,7 @@ JOB_PROBLEMS: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
     ),
     "missing Parquet column to keep": (
         lambda p: [parquet(p / "in.parquet", prompt=["a"]), "--keep-columns=x"],
-        "no column 'x'",
+        "no column 'x'; it has 'prompt'",
     ),
     "broken template": (
         lambda p: [made(p / "in.jsonl", ROW), "--template={{ a"],

@@ -116,6 +116,25 @@ def test_bad_rows_are_written_and_the_job_goes_on(tmp_path: Path) -> None:
     assert "error: row 1: broken JSON" in said.text
 
 
+def test_column_that_no_row_has_is_told_once_at_the_end(tmp_path: Path) -> None:
+    """A slip in its name once gave nulls, or the job's own sampling, without a word."""
+    rows = [{"prompt": "a", "rare": 1}, b"{broken", {"prompt": "b"}]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    keep = (("rare", "rare"), ("nope", "n"))
+    options: dict[str, Any] = {"keep": keep, "sampling_column": "heat"}
+    for expected in (
+        [
+            "warning: --keep-columns 'nope': no row of this run has that column",
+            "warning: --sampling-column 'heat': no row of this run has that column",
+        ],
+        [],  # all is finished: it looks at no row
+    ):
+        said = Said()
+        run(source, tmp_path / "out.jsonl", said=said, **options)
+        assert [line for line in said if line.startswith("warning")] == expected
+    assert [row["rare"] for row in by_index(tmp_path / "out.jsonl").values()].count(1) == 1
+
+
 def test_input_with_bad_rows_only_starts_no_worker(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"x": 1}] * 2500)
     outcome = run(source, tmp_path / "out.jsonl", factory=job_engines.BROKEN_FACTORY)

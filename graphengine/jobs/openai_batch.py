@@ -93,6 +93,9 @@ class OpenAIFormat:
             task.error = str(error)
         return task
 
+    def unmet(self) -> list[str]:
+        return []
+
     def record(self, task: Task, result: Result) -> dict[str, Any]:
         response, error = None, None
         if not result.error:
