@@ -183,6 +183,14 @@ JOB_PROBLEMS: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
         lambda p: [made(p / "in.jsonl", ROW), "--output=out.csv"],
         "give a .jsonl file, or a directory",
     ),
+    "bytes as a column": (
+        lambda p: [made(p / "in.jsonl", ROW), "--keep-columns", os.fsdecode(b"\xff")],
+        "--keep-columns holds \\udcff, which is how Python has the byte 0xff",
+    ),
+    "bytes as output": (
+        lambda p: [made(p / "in.jsonl", ROW), f"--output={p}/" + os.fsdecode(b"\xff.jsonl")],
+        "--output holds \\udcff, which is how Python has the byte 0xff",
+    ),
     "output dash": (
         lambda p: [made(p / "in.jsonl", ROW), "--output=-"],
         "--output is -, where the summary goes; give a file or a directory",
