@@ -52,6 +52,7 @@ from graphengine.options import (
 )
 from graphengine.output_file import (
     STDOUT,
+    STDOUT_NAME,
     JsonlWriter,
     TerminalWriter,
     TextWriter,
@@ -70,7 +71,6 @@ if TYPE_CHECKING:
 
 FAILED_REQUESTS = 1
 MAX_GPU_MEMORY_GIB = 2**20
-_STDOUT_NAME = "standard output"
 
 app = typer.Typer(
     name="graphengine",
@@ -252,7 +252,7 @@ def plan(
         from graphengine.plan import plan as plan_for
 
         found = plan_for(config, gpu_memory_bytes=memory_bytes)
-        with write_errors(_STDOUT_NAME):
+        with write_errors(STDOUT_NAME):
             _print_plan(model, found)
             sys.stdout.flush()
 
@@ -301,13 +301,13 @@ def _progress_console(output: str | None) -> Console:
 
 def _writer(output: str | None, console: Console, stack: contextlib.ExitStack) -> Writer:
     if output == STDOUT:
-        return JsonlWriter(sys.stdout.buffer, _STDOUT_NAME)
+        return JsonlWriter(sys.stdout.buffer, STDOUT_NAME)
     if output is not None:
         with write_errors(output):
             return JsonlWriter(stack.enter_context(open(output, "wb", buffering=0)), output)
     if sys.stdout.isatty():
         return TerminalWriter(console)
-    return TextWriter(sys.stdout, _STDOUT_NAME)
+    return TextWriter(sys.stdout, STDOUT_NAME)
 
 
 if __name__ == "__main__":

@@ -198,6 +198,8 @@ def check_one_sequence_fits(num_blocks: int, resolved: Resolved) -> None:
         remedy = "raise gpu_memory_utilization"
     if num_blocks > 0:
         remedy = f"lower max_model_len to {num_blocks * block_size} or {remedy}"
+    elif config.block_size is not None and block_size > resolved.max_model_len:
+        remedy = f"lower block_size or {remedy}"  # which is mostly padding
     raise CapacityError(
         f"one sequence of max_model_len {resolved.max_model_len} needs {needed} KV blocks of "
         f"{block_size} tokens, the memory granted holds {num_blocks}; {remedy}"

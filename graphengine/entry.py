@@ -6,7 +6,8 @@ Each raises RequestError, which names no place: the reader knows the line or the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 from graphengine.errors import RequestError
 from graphengine.request import PROMPT_KEYS, brief, check_text
@@ -25,9 +26,31 @@ def prompt_of(entry: Mapping[str, object]) -> str | dict[str, object]:
 
 
 def checked_prompt(kind: str, value: object) -> str | dict[str, object]:
-    """kind: one of PROMPT_KEYS, which says what `value` has to be."""
+    """kind: one of PROMPT_KEYS, which says what `value` has to be. Messages as `join_parts` gives
+    them."""
     _CHECKS[kind](value)
+    if kind == "messages":
+        value = join_parts(cast("list[Mapping[str, object]]", value))
     return value if isinstance(value, str) else {kind: value}
+
+
+def join_parts(messages: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+    """The messages, with the text parts of a content joined: few chat templates know parts, and the
+    others write the list as Python would, without a word. Raises RequestError for other parts."""
+    return [_with_text(message) for message in messages]
+
+
+def _with_text(message: Mapping[str, object]) -> Mapping[str, object]:
+    content = message.get("content")
+    if isinstance(content, str) or not isinstance(content, Sequence):
+        return message
+    texts: list[str] = []
+    for part in content:
+        is_text = isinstance(part, Mapping) and part.get("type") == "text"
+        if not is_text or not isinstance(part.get("text"), str):
+            raise RequestError(f"a message's content holds {brief(part)}; give text parts alone")
+        texts.append(part["text"])
+    return {**message, "content": "".join(texts)}
 
 
 def id_of(entry: Mapping[str, object], key: str = "id") -> str | None:

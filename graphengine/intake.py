@@ -9,6 +9,7 @@ from collections.abc import Sequence as SequenceOf
 from typing import cast
 
 from graphengine.config import MAX_STOP_IDS
+from graphengine.entry import join_parts
 from graphengine.errors import RequestError
 from graphengine.request import (
     PROMPT_KEYS,
@@ -118,7 +119,7 @@ class Intake:
         if kind == "messages":
             if not (isinstance(value, SequenceOf) and all(isinstance(m, Mapping) for m in value)):
                 raise RequestError(f"messages is {brief(value)}; give a list of objects")
-            token_ids = self._tokenizer.encode_chat(value)
+            token_ids = self._tokenizer.encode_chat(join_parts(value))
             self._check_ids("the tokenizer's output", token_ids)
             return None, token_ids
         if not isinstance(value, str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -317,8 +318,12 @@ def _rope(values: Mapping[str, Any], file: Path) -> RopeConfig:
     numbers = {"theta": parameters["rope_theta"]}
     numbers |= {name: parameters.get(name) for name in names}
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ModelError(f"{file} has RoPE {name} {value!r}; it must be a number above 0")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # Python's JSON knows NaN and Infinity, and whole numbers that no float holds.
+        if not is_number or not 0 < value <= sys.float_info.max:
+            raise ModelError(
+                f"{file} has RoPE {name} {value!r}; it must be a finite number above 0"
+            )
     return RopeConfig(rope_type, **numbers)
 
 

@@ -18,6 +18,7 @@ from graphengine.errors import ConfigError
 from graphengine.request import FinishReason, RequestOutput
 
 STDOUT = "-"
+STDOUT_NAME = "standard output"
 MAX_ERRORS_SHOWN = 10
 _MAX_PROMPT_CHARS = 200
 # A text may hold escape sequences, and a terminal would carry them out.
@@ -170,9 +171,9 @@ def write_in_order(outputs: Iterable[RequestOutput], writer: Writer) -> None:
                 writer.write(held)
 
 
-def check_output_path(output: str, input_path: str | None) -> None:
-    """Raises ConfigError if a file of that name cannot be written, before a model is loaded. Leaves
-    a file that is there as it is."""
+def check_output_path(output: str, input_path: str | None, *, option: str = "--output") -> None:
+    """Raises ConfigError, which names the option, if a file of that name cannot be written, before
+    a model is loaded. Leaves a file that is there as it is."""
     if output == STDOUT:
         return
     path = Path(output)
@@ -181,12 +182,12 @@ def check_output_path(output: str, input_path: str | None) -> None:
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise ConfigError(f"--output {output}: {error.strerror}; give another name") from error
+        raise ConfigError(f"{option} {output}: {error.strerror}; give another name") from error
     if path.is_dir():
-        raise ConfigError(f"--output {output} is a directory; give a file")
+        raise ConfigError(f"{option} {output} is a directory; give a file")
     if not path.parent.is_dir():
-        raise ConfigError(f"--output {output}: no directory {path.parent}; make it first")
+        raise ConfigError(f"{option} {output}: no directory {path.parent}; make it first")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"--output {output}: not allowed to write there; give another name")
+        raise ConfigError(f"{option} {output}: not allowed to write there; give another name")
     if input_path is not None and os.path.realpath(path) == os.path.realpath(input_path):
-        raise ConfigError(f"--output {output} is the input file; give another name")
+        raise ConfigError(f"{option} {output} is the input file; give another name")

@@ -22,7 +22,7 @@ from typing import BinaryIO
 
 from graphengine.entry import EXPECTED, id_of, prompt_of
 from graphengine.errors import InputError, RequestError
-from graphengine.request import Request, SamplingParams, brief
+from graphengine.request import Request, SamplingParams, brief, check_text
 
 STDIN = "-"
 STDIN_FILENO = 0
@@ -62,11 +62,16 @@ def count_requests(path: str | Path) -> int | None:
 
 
 def check_prompts(prompts: Iterable[str]) -> UntilBroken:
-    """Requests from prompts given one by one. Raises InputError naming the one that is empty."""
+    """Requests from prompts given one by one. Raises InputError naming one that is empty or no
+    text."""
     requests = []
     for number, prompt in enumerate(prompts, start=1):
         if not prompt:
             raise InputError(f"prompt {number} is empty; give it at least one character")
+        try:
+            check_text(f"prompt {number}", prompt)
+        except RequestError as error:
+            raise InputError(str(error)) from error
         requests.append(Request(prompt))
     return CountedUntilBroken(requests, len(requests))
 

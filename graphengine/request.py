@@ -76,6 +76,8 @@ class SamplingParams:
                 raise RequestError(f"{name} is {getattr(self, name)!r}; give true or false")
         if any(text == "" for text in self.stop):
             raise RequestError("stop holds an empty string; take it out")
+        for text in self.stop:
+            check_text("stop", text)
 
 
 def _tuple_of(name: str, value: object, kind: type) -> tuple[object, ...]:
@@ -120,8 +122,15 @@ def check_text(name: str, text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        shown = f"\\u{code:04x}"
+        if 0xDC80 <= code <= 0xDCFF:  # PEP 383
+            raise RequestError(
+                f"{name} holds {shown}, which is how Python has the byte 0x{code - 0xDC00:02x} "
+                "where it is not UTF-8; give UTF-8 text"
+            ) from error
         raise RequestError(
-            f"{name} holds half of a surrogate pair (\\u{ord(text[error.start]):04x}); take it out"
+            f"{name} holds half of a surrogate pair ({shown}); take it out"
         ) from error
 
 

@@ -28,7 +28,8 @@ class Tokenizer:
                 str(path), trust_remote_code=False, local_files_only=True
             )
         except Exception as error:  # a dozen kinds, by file and version
-            reason = " ".join(str(error).split())
+            # A KeyError's text is the key alone.
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ModelError(
                 f"no usable tokenizer in {str(path)!r} ({reason}); add its files, give tokenizer="
                 " another directory, or set skip_tokenizer_init and send prompt_token_ids"

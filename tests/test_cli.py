@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -247,6 +248,11 @@ BAD_USAGE = {
     "memory share": (["x", "--gpu-memory-utilization=1.5"], "give a share in (0, 1]"),
     "seed": (["x", "--seed=-1"], "seed is -1"),
     "empty prompt": (["x", ""], "prompt 2 is empty"),
+    "bytes as prompt": (
+        ["x", os.fsdecode(b"a\xff")],
+        "prompt 2 holds \\udcff, which is how Python",
+    ),
+    "bytes as stop": (["x", "--stop", os.fsdecode(b"\xfe")], "the byte 0xfe where it is not UTF-8"),
     "missing input": (["--input", "/none/in.txt"], "/none/in.txt: No such file or directory"),
     "directory as input": (["--input", "/"], "/: Is a directory"),
     "long output name": (["x", "--output", "n" * 300], "File name too long; give another name"),

@@ -55,11 +55,12 @@ def test_each_kind_of_prompt_gives_the_same_text(tmp_path: Path) -> None:
     entries: list[dict[str, Any]] = [
         {"prompt": "12+34="},
         {"messages": [{"role": "user", "content": "12+34="}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "12+34="}]}]},
         {"prompt_token_ids": [1, 5, 6, 14, 7, 8, 15]},
     ]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     result = generate("demo", "--input", str(path))
-    assert result.stdout == "46\n46\n46\n"
+    assert result.stdout == "46\n46\n46\n46\n"
 
 
 @pytest.mark.parametrize("switch", ["--no-graphs", "--no-overlap"])

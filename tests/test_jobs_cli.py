@@ -25,6 +25,7 @@ import pytest
 from jobs import by_index, read, write_jsonl
 from typer.testing import CliRunner, Result
 
+import cli
 import graphengine.jobs.job
 from cli import app
 from graphengine.jobs.watch import (
@@ -67,6 +68,27 @@ def test_job_ends_with_its_counts_on_standard_output(tmp_path: Path, source: Pat
     assert counts["is_complete"] is True
     assert counts["output_tokens"] == 60
     assert "20 rows: 40 prompt and 60 output tokens in" in result.stderr
+    assert len(by_index(out)) == 20
+
+
+def test_full_standard_output_is_one_line_and_the_rows_are_written(
+    tmp_path: Path,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Once a traceback and exit code 1, which is that of rows in error."""
+    out = tmp_path / "out.jsonl"
+    arguments = ["run", "demo", str(source), f"--output={out}", "--prompt-column=q", *ON_CPU]
+    monkeypatch.setattr(sys, "argv", ["graphengine", *arguments])
+    # Closing it would raise if text were left, as exit does.
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: standard output: No space left on device")
     assert len(by_index(out)) == 20
 
 
@@ -147,7 +169,7 @@ JOB_PROBLEMS: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
     ),
     "missing Parquet column to keep": (
         lambda p: [parquet(p / "in.parquet", prompt=["a"]), "--keep-columns=x"],
-        "no column 'x'",
+        "no column 'x'; it has 'prompt'",
     ),
     "broken template": (
         lambda p: [made(p / "in.jsonl", ROW), "--template={{ a"],
@@ -160,6 +182,18 @@ JOB_PROBLEMS: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
     "output suffix": (
         lambda p: [made(p / "in.jsonl", ROW), "--output=out.csv"],
         "give a .jsonl file, or a directory",
+    ),
+    "bytes as a column": (
+        lambda p: [made(p / "in.jsonl", ROW), "--keep-columns", os.fsdecode(b"\xff")],
+        "--keep-columns holds \\udcff, which is how Python has the byte 0xff",
+    ),
+    "bytes as output": (
+        lambda p: [made(p / "in.jsonl", ROW), f"--output={p}/" + os.fsdecode(b"\xff.jsonl")],
+        "--output holds \\udcff, which is how Python has the byte 0xff",
+    ),
+    "output dash": (
+        lambda p: [made(p / "in.jsonl", ROW), "--output=-"],
+        "--output is -, where the summary goes; give a file or a directory",
     ),
     "output nowhere": (
         lambda p: [made(p / "in.jsonl", ROW), f"--output={p}/none/out.jsonl"],
@@ -175,7 +209,11 @@ JOB_PROBLEMS: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
     ),
     "summary nowhere": (
         lambda p: [made(p / "in.jsonl", ROW), f"--summary={p}/none/x.json"],
-        "make it first",
+        "--summary {p}/none/x.json: no directory {p}/none; make it first",
+    ),
+    "trace nowhere": (
+        lambda p: [made(p / "in.jsonl", ROW), f"--trace={p}/none/x.json"],
+        "--trace {p}/none/x.json: no directory {p}/none; make it first",
     ),
     "OpenAI lines in Parquet": (
         lambda p: [
@@ -199,7 +237,7 @@ def test_job_problem_is_one_line_and_exit_code_2(
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ")
-    assert error in line
+    assert error.replace("{p}", str(folder)) in line
     assert not (tmp_path / "out.jsonl").exists()
 
 

@@ -33,6 +33,8 @@ def prepare(data: dict[str, Any], index: int = 3, **options: Any) -> Task:
 
 
 CHAT = [{"role": "user", "content": "hi"}]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": text} for text in ("h", "i")]}]
+IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,8 @@ CHAT = [{"role": "user", "content": "hi"}]
         ({"prompt": None, "messages": CHAT}, {}, {"messages": CHAT}),  # as Parquet has it
         ({"q": "hi", "prompt": "no"}, {"prompt_column": "q"}, "hi"),
         ({"c": CHAT}, {"messages_column": "c"}, {"messages": CHAT}),
+        ({"messages": PARTS}, {}, {"messages": CHAT}),
+        ({"c": PARTS}, {"messages_column": "c"}, {"messages": CHAT}),
         (
             {"c": [{"role": "user", "content": "hi", "name": None}]},
             {"messages_column": "c"},
@@ -67,6 +71,8 @@ BAD_ROWS = {
     "no prompt": ({}, {}, "has no prompt; expected"),
     "two prompts": ({"prompt": "a", "messages": CHAT}, {}, "both prompt and messages"),
     "chat without role": ({"messages": [{"content": "x"}]}, {}, "role and content"),
+    "image": ({"messages": IMAGE}, {}, "give text parts alone"),
+    "image in a column": ({"c": IMAGE}, {"messages_column": "c"}, "give text parts alone"),
     "null chat": ({"m": None}, {"messages_column": "m"}, "messages is None"),
     "token ids": ({"prompt_token_ids": [1, -2]}, {}, "holds -2"),
     "id of a wrong type": ({"prompt": "a", "id": [1]}, {}, "id is [1]"),
@@ -238,6 +244,7 @@ def test_template_that_is_none_is_a_config_error() -> None:
         ({"template": "a", "prompt_column": "b"}, "--template and --prompt-column each make"),
         ({"order": "random"}, "--order is 'random'; choose one of completion, input"),
         ({"workers": 0}, "--workers is 0"),
+        ({"workers": 100_000}, "--workers is 100000; give 1 to 256, each a process"),
         ({"part_rows": 0}, "--part-rows is 0"),
         ({"keep": (("text", "text"),)}, "the output has a column of that name; write text=NEW"),
         ({"keep": (("a", "b"), ("c", "b"))}, "the output has a column of that name"),

@@ -116,6 +116,25 @@ def test_bad_rows_are_written_and_the_job_goes_on(tmp_path: Path) -> None:
     assert "error: row 1: broken JSON" in said.text
 
 
+def test_column_that_no_row_has_is_told_once_at_the_end(tmp_path: Path) -> None:
+    """A slip in its name once gave nulls, or the job's own sampling, without a word."""
+    rows = [{"prompt": "a", "rare": 1}, b"{broken", {"prompt": "b"}]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    keep = (("rare", "rare"), ("nope", "n"))
+    options: dict[str, Any] = {"keep": keep, "sampling_column": "heat"}
+    for expected in (
+        [
+            "warning: --keep-columns 'nope': no row of this run has that column",
+            "warning: --sampling-column 'heat': no row of this run has that column",
+        ],
+        [],  # all is finished: it looks at no row
+    ):
+        said = Said()
+        run(source, tmp_path / "out.jsonl", said=said, **options)
+        assert [line for line in said if line.startswith("warning")] == expected
+    assert [row["rare"] for row in by_index(tmp_path / "out.jsonl").values()].count(1) == 1
+
+
 def test_input_with_bad_rows_only_starts_no_worker(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "in.jsonl", [{"x": 1}] * 2500)
     outcome = run(source, tmp_path / "out.jsonl", factory=job_engines.BROKEN_FACTORY)
@@ -557,6 +576,32 @@ def test_rows_of_two_deaths_are_suspects_and_of_one_are_not(
     assert not job._returned
 
 
+def test_stop_is_heeded_between_two_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once all workers were started first, for minutes if they were many."""
+    made = pool([None] * 5)
+    job = job_of(made)
+    started: list[workers.Worker] = []
+
+    def start_one(worker: workers.Worker) -> None:
+        started.append(worker)
+        if len(started) == 2:
+            job.stop()
+
+    monkeypatch.setattr(made, "_start", start_one)
+    made.start()
+    assert started == made.workers[:2]
+
+
+def test_worker_that_dies_as_the_job_stops_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = pool([None])
+    job = job_of(made)
+    monkeypatch.setattr(made, "reap", lambda worker: -9)
+    job._returned.append(Task(0, "0", "p"))
+    job.stop()
+    job._bury(made.workers[0])
+    assert job.error is None
+
+
 def test_job_ends_when_no_worker_is_left_and_goes_on_with_new_ones(tmp_path: Path) -> None:
     texts = [str(i) for i in range(60)]
     for place in (5, 25, 45):
@@ -725,6 +770,11 @@ def test_workers_of_one_gpu_take_their_share_of_it_in_turn() -> None:
     # One that starts again finds the others' memory taken.
     first.num_starts = 2
     assert made._engine_of(first).gpu_memory_utilization == pytest.approx(0.8)
+
+
+def test_shares_of_a_gpu_are_counted_in_order() -> None:
+    made = pool(["0", "1", "0", None, "0"])
+    assert [worker.share for worker in made.workers] == [(0, 3), (0, 1), (1, 3), (0, 1), (2, 3)]
 
 
 def test_each_worker_has_a_trace_of_its_own() -> None:

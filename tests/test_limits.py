@@ -70,6 +70,11 @@ def test_memory_that_does_not_exist_is_one_line(capsys: pytest.CaptureFixture[st
     assert "\n" not in str(caught.value)
 
 
+def test_block_longer_than_any_sequence_is_told_first() -> None:
+    with pytest.raises(CapacityError, match=r"holds 0; lower block_size or raise kv_cache_memory"):
+        plan(EngineConfig(str(DEMO), device="cpu", block_size=10**9))
+
+
 def test_too_little_memory_is_known_before_the_weights_are_read(tmp_path: Path) -> None:
     path = demo_copy(tmp_path / "model", max_position_embeddings=2**31 - 1)
     (path / "model.safetensors").unlink()

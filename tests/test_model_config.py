@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -436,6 +437,15 @@ def test_unsupported_architecture_lists_what_is_supported(tmp_path: Path, names:
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "RoPE factor 0"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "RoPE factor '4'"),
         ({"rope_theta": None}, "RoPE theta None"),
+        ({"rope_theta": math.nan}, "RoPE theta nan; it must be a finite number above 0"),
+        ({"rope_parameters": {"rope_theta": math.inf}}, "RoPE theta inf"),
+        ({"rope_theta": 10**400}, "RoPE theta 1000"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": math.inf}}, "RoPE factor inf"),
+        *(
+            ({"rope_scaling": {**OLD_LLAMA3, name: math.nan}}, f"RoPE {name} nan")
+            for name in OLD_LLAMA3
+            if name != "rope_type"
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"num_attention_heads": 0}, ""),
         ({"num_hidden_layers": -1}, ""),

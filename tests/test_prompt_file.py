@@ -53,18 +53,21 @@ def test_text_lines_are_prompts(tmp_path: Path, data: bytes | str, expected: lis
 
 def test_jsonl_takes_each_kind_of_prompt(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": []}]
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     entries = [
         {"prompt": "one\ntwo", "id": "a", "answer": "extra keys are ignored"},
         {"messages": messages, "id": 7},
+        {"messages": [{"role": "user", "content": parts}]},
         {"prompt_token_ids": [0, 5, 3]},
     ]
     path = write(tmp_path, "\n\n".join(map(json.dumps, entries)) + "\n\n", "in.jsonl")
     assert list(read_requests(path)) == [
         Request("one\ntwo", request_id="a"),
         Request({"messages": messages}, request_id="7"),
+        Request({"messages": messages[:1]}),
         Request({"prompt_token_ids": [0, 5, 3]}),
     ]
-    assert count_requests(path) == 3
+    assert count_requests(path) == 4
 
 
 @pytest.mark.parametrize("name", ["in.jsonl", "in.NDJSON", "in.json", "in", "in.dat"])
@@ -120,6 +123,10 @@ JSONL_ERRORS = {
     "message without role": ('{"messages": [{"content": "hi"}]}', "messages holds"),
     "message without content": ('{"messages": [{"role": "user"}]}', "content of a 'user' message"),
     "content is a number": ('{"messages": [{"role": "user", "content": 5}]}', "message is 5"),
+    "content has an image": (
+        '{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}',
+        "holds {'type': 'image_url', 'image_url': {}}; give text parts alone",
+    ),
     "ids is a string": ('{"prompt_token_ids": "12"}', "prompt_token_ids is '12'"),
     "ids is empty": ('{"prompt_token_ids": []}', "prompt_token_ids is []"),
     "id is a float": ('{"prompt_token_ids": [1.0]}', "holds 1.0"),

@@ -105,6 +105,12 @@ def test_python_prints_what_stands_below(
     assert run.stdout == expected, run.stderr
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_packages_of_an_extra_are_installed_from_the_clone(page: Path) -> None:
+    """By the project's name pip would not ask constraints.txt for the versions."""
+    assert not re.findall(r'pip install .*"graphengine\[\w+\]"', page.read_text("utf-8"))
+
+
 def test_readme_says_first_how_to_run_it() -> None:
     kind, text = BLOCKS[0]
     assert kind == "sh"

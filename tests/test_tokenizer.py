@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
         tokenizer.encode_chat([{"role": "user", "content": "\udc00"}])
 
 
-@pytest.mark.parametrize("content", [None, "", "{", '{"version": "1.0"}', "[]"])
+@pytest.mark.parametrize("content", [None, "", "{", "{}", '{"version": "1.0"}', "[]"])
 def test_directory_without_a_usable_tokenizer_is_refused_in_one_line(
     tmp_path: Path, content: str | None
 ) -> None:
@@ -121,7 +121,8 @@ def test_directory_without_a_usable_tokenizer_is_refused_in_one_line(
         (tmp_path / "tokenizer_config.json").write_text(
             '{"tokenizer_class": "PreTrainedTokenizerFast"}'
         )
-    with pytest.raises(ModelError, match=r"no usable tokenizer in .*skip_tokenizer_init") as caught:
+    expected = r"no usable tokenizer in '.*' \([A-Za-z]+(Error|Exception): .*skip_tokenizer_init"
+    with pytest.raises(ModelError, match=expected) as caught:
         Tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -334,6 +335,11 @@ REFUSED = [
     pytest.param({"messages": "hello"}, "give a list of objects", id="messages in a string"),
     pytest.param({"messages": ["hello"]}, "give a list of objects", id="message without role"),
     pytest.param({"messages": []}, "chat template refuses", id="no messages"),
+    pytest.param(
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        "holds {'type': 'image_url'}; give text parts alone",
+        id="an image",
+    ),
     pytest.param({"prompt": "a", "messages": []}, "one of prompt, messages", id="two kinds"),
     pytest.param({"text": "a"}, "one of prompt, messages", id="unknown key"),
     pytest.param({}, "one of prompt, messages", id="no key"),
@@ -363,6 +369,17 @@ def test_bad_prompt_is_refused_in_one_line_and_the_others_go_on(
     (completion,) = refused.outputs
     assert completion.finish_reason is FinishReason.ERROR
     assert (completion.text, completion.token_ids) == ("", [])
+
+
+@pytest.mark.parametrize("pack", [list, tuple])
+def test_text_parts_of_a_chat_are_joined(tokenizer: Tokenizer, pack: Callable[..., Any]) -> None:
+    """Once the template was given the list, and wrote it as Python would."""
+    parts = pack({"type": "text", "text": text} for text in ("a", "b"))
+    chats = [{"messages": [{"role": "user", "content": content}]} for content in ("ab", parts)]
+    plain, joined = take_in(make_intake(tokenizer), *chats)
+    assert isinstance(plain, Sequence)
+    assert isinstance(joined, Sequence)
+    assert joined.prompt_token_ids == plain.prompt_token_ids
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ from graphengine.options import (
     environment_defaults,
     parse_ids,
 )
-from graphengine.output_file import check_output_path, one_line, write_errors
+from graphengine.output_file import STDOUT_NAME, check_output_path, one_line, write_errors
 from graphengine.request import SamplingParams
 
 FAILED_ROWS = 1
@@ -222,7 +222,7 @@ def run(
                 place.check_beside("--tuning", str(inside))
         for option, path in (("--summary", summary), ("--trace", trace)):
             if path is not None:
-                check_output_path(path, input)
+                check_output_path(path, input, option=option)
                 place.check_beside(option, path)
         # For the worker processes, as `generate` sets them for its own.
         environment = {**environment_defaults(), **os.environ}
@@ -234,7 +234,8 @@ def run(
         if summary is not None:
             with write_errors(summary):
                 Path(summary).write_text(line + "\n", "utf-8")
-        print(line, flush=True)
+        with write_errors(STDOUT_NAME):
+            print(line, flush=True)
         if isinstance(outcome.error, WorkersLostError):
             say("error: " + one_line(str(outcome.error)))
             raise typer.Exit(WORKERS_LOST)

@@ -9,9 +9,12 @@ from typing import Any
 from graphengine.config import EngineConfig
 from graphengine.errors import ConfigError
 from graphengine.jobs.shard import Shard
-from graphengine.request import SamplingParams
+from graphengine.request import SamplingParams, check_text
 
 ORDERS = ("completion", "input")
+# Each is a process with an engine and sockets of its own, and no machine has as many GPUs or cores
+# to spare: more is a slip of the keyboard that would fill the memory for minutes.
+MAX_WORKERS = 256
 # What the output has of its own.
 COLUMNS = (
     "id",
@@ -64,7 +67,17 @@ class JobConfig:
     part_rows: int = 50_000
 
     def __post_init__(self) -> None:
-        """Raises ConfigError naming the option, its value and what is accepted."""
+        """Raises ConfigError naming the option, its value and what is accepted, and RequestError
+        for one that is no text."""
+        # Workers are told of them in JSON; the output's path is where its job keeps `tuning`.
+        for option, path in (
+            ("MODEL", self.engine.model),
+            ("--tokenizer", self.engine.tokenizer),
+            ("--tuning", self.engine.tuning),
+            ("--trace", self.engine.trace),
+            ("--output", self.output),
+        ):
+            check_text(option, path or "")
         sources = {
             "--template": self.template,
             "--prompt-column": self.prompt_column,
@@ -83,12 +96,16 @@ class JobConfig:
                 )
         if self.order not in ORDERS:
             raise ConfigError(f"--order is {self.order!r}; choose one of {', '.join(ORDERS)}")
-        if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"--workers is {self.workers}; give 1 or more, or auto")
+        if self.workers is not None and not 1 <= self.workers <= MAX_WORKERS:
+            raise ConfigError(
+                f"--workers is {self.workers}; give 1 to {MAX_WORKERS}, each a process with an "
+                "engine of its own, or auto"
+            )
         if self.part_rows < 1:
             raise ConfigError(f"--part-rows is {self.part_rows}; give 1 or more")
         taken = set(COLUMNS)
         for old, new in self.keep:
+            check_text("--keep-columns", new)
             if not old or not new:
                 raise ConfigError(f"--keep-columns has {old!r}={new!r}; give NAME or NAME=NEW")
             if new in taken:

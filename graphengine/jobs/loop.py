@@ -118,6 +118,7 @@ class JobLoop:
     def stop(self) -> None:
         """Makes `run` return soon. Safe in a signal handler."""
         self._is_stopped = True
+        self._pool.may_start = False
         self._pool.events.put(Event(None, None))
 
     def run(self) -> None:
@@ -336,6 +337,8 @@ class JobLoop:
                 self._suspects.appendleft(task)
             else:
                 self._returned.appendleft(task)
+        if self._is_stopped:
+            return  # none is started again, and that is not the job's failure
         rows = f"its {len(tasks)} row{'' if len(tasks) == 1 else 's'} will run again"
         if worker.error:
             self._say(one_line(f"worker {worker.number} gave up: {worker.error}"))

@@ -85,13 +85,16 @@ class OpenAIFormat:
             url, body = self._request(row.data, task)
             task.extra["url"] = url
             if url == CHAT_URL:
-                task.prompt = checked_prompt("messages", _messages(body))
+                task.prompt = checked_prompt("messages", body.get("messages"))
             else:
                 task.prompt = _prompt(body)
             task.params |= _params(body, url, self._sampling)
         except RequestError as error:
             task.error = str(error)
         return task
+
+    def unmet(self) -> list[str]:
+        return []
 
     def record(self, task: Task, result: Result) -> dict[str, Any]:
         response, error = None, None
@@ -199,23 +202,3 @@ def _prompt(body: Mapping[str, Any]) -> str | dict[str, Any]:
     if not is_tokens and not isinstance(prompt, str):
         raise RequestError(f"prompt is {brief(prompt)}; give one string or a list of token ids")
     return checked_prompt("prompt_token_ids" if is_tokens else "prompt", prompt)
-
-
-def _messages(body: Mapping[str, Any]) -> object:
-    """The messages, with the text parts of a content joined: few chat templates know parts."""
-    messages = body.get("messages")
-    if not isinstance(messages, list):
-        return messages
-    return [_with_text(message) for message in messages]
-
-
-def _with_text(message: object) -> object:
-    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
-        return message
-    parts: list[str] = []
-    for part in message["content"]:
-        is_text = isinstance(part, dict) and part.get("type") == "text"
-        if not is_text or not isinstance(part.get("text"), str):
-            raise RequestError(f"a message's content holds {brief(part)}; give text parts alone")
-        parts.append(part["text"])
-    return message | {"content": "".join(parts)}

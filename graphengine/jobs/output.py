@@ -17,7 +17,7 @@ from graphengine.jobs.config import JobConfig
 from graphengine.jobs.journal import output_errors
 from graphengine.jobs.manifest import MANIFEST
 from graphengine.jobs.store import JsonlStore, ParquetStore, Store, parquet_schema
-from graphengine.output_file import check_output_path
+from graphengine.output_file import STDOUT, check_output_path
 
 _JSONL, _PARQUET = "jsonl", "parquet"
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -40,6 +40,8 @@ class Place:
     def of(cls, config: JobConfig) -> Place:
         """Raises ConfigError for a name that tells no format."""
         given = config.output
+        if given == STDOUT:
+            raise ConfigError("--output is -, where the summary goes; give a file or a directory")
         path = Path(config.shard.output(given))
         if path.is_symlink():
             # What the lock and the state are beside is the file itself, whatever it is called.

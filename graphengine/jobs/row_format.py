@@ -31,6 +31,12 @@ class RowFormat:
         self._kept_types = kept_types
         self._template = RowTemplate(config.template) if config.template is not None else None
         self._id_key = config.id_column or "id"
+        # Columns that a row may lack without an error, and the options that name them: those that
+        # no row has had yet.
+        self._unseen = dict.fromkeys((old for old, _ in config.keep), "--keep-columns")
+        if config.sampling_column is not None:
+            self._unseen[config.sampling_column] = "--sampling-column"
+        self._has_prepared = False
 
     def columns(self) -> frozenset[str] | None:
         config = self._config
@@ -46,6 +52,9 @@ class RowFormat:
         if data is None:
             task.error = row.error
             return task
+        self._has_prepared = True
+        for name in self._unseen.keys() & data.keys():
+            del self._unseen[name]
         try:
             task.extra = {new: self._kept(old, data.get(old)) for old, new in self._config.keep}
             if self._config.id_column is not None and data.get(self._id_key) is None:
@@ -63,6 +72,14 @@ class RowFormat:
         if "seed" not in task.params:
             task.params["seed"] = derived_seed(self._config.engine.seed, row.index)
         return task
+
+    def unmet(self) -> list[str]:
+        if not self._has_prepared:
+            return []
+        return [
+            f"{option} {name!r}: no row of this run has that column"
+            for name, option in self._unseen.items()
+        ]
 
     def record(self, task: Task, result: Result) -> dict[str, Any]:
         tokens = {"token_ids": result.token_ids} if self._config.token_ids else {}

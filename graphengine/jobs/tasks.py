@@ -60,6 +60,9 @@ class Format(Protocol):
     def prepare(self, row: Row) -> Task:
         """Never raises for what a row holds: the task then has an error."""
 
+    def unmet(self) -> list[str]:
+        """Options that none of the prepared rows had anything for, a line each: slips, perhaps."""
+
     def record(self, task: Task, result: Result) -> dict[str, Any]:
         """One line of the output."""
 

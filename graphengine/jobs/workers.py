@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -150,16 +151,19 @@ class WorkerPool:
             # Each engine would take all cores, and they would wait for each other.
             threads = max(1, (os.cpu_count() or 1) // len(devices))
             self._environment.setdefault("OMP_NUM_THREADS", str(threads))
-        self.workers = [
-            Worker(number, device, (list(devices[:number]).count(device), devices.count(device)))
-            for number, device in enumerate(devices)
-        ]
+        # False: a stop came, perhaps between two starts, each of which takes a moment.
+        self.may_start = True
+        self.workers: list[Worker] = []
+        totals, places = Counter(devices), Counter[str | None]()
+        for number, device in enumerate(devices):
+            self.workers.append(Worker(number, device, (places[device], totals[device])))
+            places[device] += 1
 
     def start(self) -> None:
         """Starts what can be started now. Of workers that share a GPU each waits until the one
         before it has taken its memory."""
         for worker in self.workers:
-            if worker.can_start and not self._must_wait(worker):
+            if self.may_start and worker.can_start and not self._must_wait(worker):
                 self._start(worker)
 
     def kill(self) -> None:
