@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from perf.result_file import result_path
 from perf.shapes import SHAPES, write_shape
 
 Figures = dict[str, Any]
@@ -184,7 +185,7 @@ def _startup_child(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=result_path)
     parser.add_argument("--shape", choices=list(SHAPES), help="run every part with this shape")
     parser.add_argument("--new", type=int, help="output tokens instead of each part's own number")
     parser.add_argument("--repeats", type=int, default=3)

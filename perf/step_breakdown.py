@@ -25,6 +25,7 @@ from graphengine import LLM
 from graphengine.errors import ConfigError, GraphEngineError
 from perf.environment import environment, read_bandwidth
 from perf.kernel_accounts import KernelEvent, StepFloors, account
+from perf.result_file import result_path
 from perf.run import make_llm
 from perf.shapes import SHAPES, write_shape
 from perf.step_probe import StepProbe
@@ -115,7 +116,7 @@ def main() -> None:
     )
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
     parser.add_argument("--point", action="append", required=True, metavar="ROWSxCONTEXT")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=result_path)
     args = parser.parse_args()
     try:
         run(args.shape, tuple(map(point, args.point)), args.output)

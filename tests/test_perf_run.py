@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from graphengine.errors import GraphEngineError
 from graphengine.model_runner import Launched
 from graphengine.scheduler import DecodeBatch
 from graphengine.sequence_table import SequenceTable
+from perf.compare import load_side
 from perf.figures import merge
 from perf.host_loop import measure, without_model
 from perf.step_probe import StepProbe
@@ -58,6 +62,60 @@ def test_peer_that_fails_is_named_and_costs_nothing_else(
     result = json.loads(output.read_text())
     assert result["peer_errors"] == {"vllm": "peer vllm failed: no module named vllm"}
     assert "latency" in result["workloads"]
+
+
+def test_result_that_cannot_be_kept_is_printed_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(part: Path, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    output = tmp_path / "result.json"
+    done = CliRunner().invoke(cli.app, [*RUN, "latency", "--output", str(output)])
+    assert done.exit_code == 2
+    assert done.stderr.endswith(
+        f"error: {output}: No space left on device; make room or write the output elsewhere\n"
+    )
+    assert "ms_per_step" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    printed = json.loads(done.stdout)
+    assert printed["output"] is None
+    assert printed["medians"]["latency"]["async"]["total_s"] > 0
+    output.write_text(done.stdout)
+    assert ("latency", "async", "total_s") in load_side(output).figures
+
+
+def test_place_that_takes_no_file_is_found_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the permissions are there: on a full disk, and in /proc as root."""
+    done = CliRunner().invoke(cli.app, [*RUN, "latency", "--output", "/proc/result.json"])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+    def full(part: Path, data: bytes) -> None:
+        part.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    output = tmp_path / "result.json"
+    done = CliRunner().invoke(cli.app, [*RUN, "latency", "--output", str(output)])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert f"error: {output}: No space left on device" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+SCRIPTS = ("jobs_kill", "jobs_gpus", "jobs_memory", "job_overhead", "engine_figures")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_look_at_their_output_first(script: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"perf.{script}", "--output", str(tmp_path / "no" / "r.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert f"no directory {tmp_path / 'no'}; make it first" in done.stderr.splitlines()[-1]
 
 
 def test_unknown_peer_is_refused_before_anything_runs(tmp_path: Path) -> None:
