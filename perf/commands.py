@@ -25,6 +25,7 @@ from perf.result_file import check_result_path, write_result
 from perf.workloads import WORKLOADS
 
 TOO_SLOW = 1
+FAILED_PEER = 1
 _STYLES = {"SLOWER": "bold red", "faster": "green", "noise": "yellow", "info": "dim", "ok": ""}
 
 perf_app = typer.Typer(
@@ -80,6 +81,9 @@ def run_command(
     The table goes to standard error. The last line of standard output is one JSON object: the
     medians, and where the whole result was written; null if it could not be, and then the whole
     result too.
+
+    Exit code: 1 if a peer failed (our own figures are kept), 2 for what cannot be measured or
+    written, else 0.
     """
     with errors_as_exit_codes():
         if not (math.isfinite(scale) and scale > 0.0):
@@ -134,10 +138,14 @@ def run_command(
             "read_bandwidth_bytes_per_s": result["read_bandwidth_bytes_per_s"],
             "medians": medians,
         }
+        if "peer_errors" in result:
+            summary["peer_errors"] = result["peer_errors"]
         # The line is then a result file itself, with two entries more.
         _print_json({**result, **summary} if failure else summary)
         if failure:
             raise failure
+        if "peer_errors" in result:
+            raise typer.Exit(FAILED_PEER)
 
 
 @perf_app.command("compare")

@@ -18,10 +18,11 @@ from graphengine.config import EngineConfig
 from graphengine.errors import ConfigError, GraphEngineError
 from graphengine.hub import resolve_model
 from graphengine.model_config import load_model_config
+from graphengine.output_file import one_line
 from perf.energy import energy_counter
 from perf.environment import environment, gpu_state, read_bandwidth
 from perf.figures import merge
-from perf.peers import PEERS, measure_peer
+from perf.peers import check_peers, measure_peer
 from perf.shapes import write_shape
 from perf.startup import measure_startup
 from perf.step_probe import StepProbe, Values
@@ -58,10 +59,10 @@ def run(
     mode share an engine, and their repeats take turns, so that a drift of the machine falls on all
     alike. `save` is called with what there is after each of these groups, since a run of minutes
     may be cut short. Each of these engines writes a trace beside `trace`, its shape and mode in the
-    name. Raises ConfigError for a workload or mode that does not exist."""
+    name. Raises ConfigError for a workload, mode or peer that does not exist or is not there."""
     _check_names("workload", names, WORKLOADS)
     _check_names("mode", modes, MODES)
-    _check_names("peer", list(peers), dict.fromkeys(PEERS))
+    check_peers(peers)
     result: Json = {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -118,7 +119,7 @@ def run(
                 except GraphEngineError as error:
                     # Our own figures took their time; they are not thrown away for it.
                     result.setdefault("peer_errors", {})[peer] = str(error)
-                    say(f"error: {error}")
+                    say("error: " + one_line(str(error)))
                     continue
                 result.setdefault("peers", {}).setdefault(peer, {}).update(found)
                 save(result)

@@ -54,14 +54,52 @@ def test_peer_that_fails_is_named_and_costs_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*args: object, **kwargs: object) -> None:
-        raise GraphEngineError("peer vllm failed: no module named vllm")
+        raise GraphEngineError("peer transformers failed: no room")
 
     monkeypatch.setattr(perf.run, "measure_peer", failing)
     output = tmp_path / "result.json"
-    assert invoke(output, "--peer", "vllm") == 0
+    more = ["latency", "--output", str(output), "--peer", "transformers"]
+    done = CliRunner().invoke(cli.app, [*RUN, *more])
+    assert done.exit_code == 1
     result = json.loads(output.read_text())
-    assert result["peer_errors"] == {"vllm": "peer vllm failed: no module named vllm"}
+    assert result["peer_errors"] == {"transformers": "peer transformers failed: no room"}
     assert "latency" in result["workloads"]
+    summary = json.loads(done.stdout)
+    assert summary["peer_errors"] == result["peer_errors"]
+    assert "latency" in summary["medians"]
+
+
+def test_peer_that_is_not_installed_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(perf.peers, "find_spec", lambda name: None if name == "vllm" else object())
+    more = ["latency", "--output", str(tmp_path / "r.json"), "--peer", "vllm"]
+    done = CliRunner().invoke(cli.app, [*RUN, *more])
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "error: vllm is not installed; pip install vllm, or leave --peer vllm out\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("Traceback:\n  File a\nValueError: too few blocks\n\n", "ValueError: too few blocks"),
+        ("", "exit code 7"),
+    ],
+)
+def test_error_of_a_peer_is_the_last_line_of_its_log(
+    log: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "log").write_text(log)
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\ncat {tmp_path / 'log'}; exit 7\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(perf.peers.sys, "executable", str(fake))
+    with pytest.raises(GraphEngineError) as caught:
+        perf.peers.measure_peer("vllm", tmp_path, {"latency": [(4, 8)]}, 100, repeats=1)
+    assert str(caught.value) == f"peer vllm failed: {words}"
 
 
 def test_result_that_cannot_be_kept_is_printed_whole(
