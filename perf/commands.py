@@ -72,7 +72,7 @@ def run_command(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Write what ran when beside FILE, for Perfetto; one trace a shape and mode.",
+            help="Write what ran when beside FILE, for Perfetto; one trace a model and mode.",
         ),
     ] = None,
 ) -> None:

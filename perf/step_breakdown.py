@@ -144,7 +144,7 @@ def run(shape: str, points: tuple[tuple[int, int], ...], output: Path | None) ->
         gc.freeze()  # as the engine's loop does: a collection would stop the host in mid-profile
         for rows, context in points:
             if not probe.fits(rows, context):
-                raise ConfigError(f"--point {rows}x{context} does not fit this card's KV cache")
+                raise ConfigError(f"--point {rows}x{context} does not fit KV cache or model")
             found = breakdown(llm, probe, rows, context, bytes_per_s)
             result["points"].append(found)
             print(table(shape, found), file=sys.stderr, flush=True)

@@ -25,7 +25,9 @@ from graphengine.sequence_table import SequenceTable
 from perf.compare import load_side
 from perf.figures import merge
 from perf.host_loop import measure, without_model
+from perf.run import trace_path
 from perf.step_probe import StepProbe
+from perf.workloads import WORKLOADS, largest_scale
 
 RUN = ["perf", "run", "--model", "demo", "--scale", "0.004", "--repeats", "1", "--workload"]
 
@@ -145,6 +147,36 @@ def test_place_that_takes_no_file_is_found_before_anything_runs(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_lengths_that_the_model_does_not_take_are_refused_with_a_scale_that_fits(
+    tmp_path: Path,
+) -> None:
+    command = ["perf", "run", "--model", "demo", "--repeats", "1", "--scale", "0.05"]
+    command += ["--workload", "latency", "--workload", "decode-0.6b", "--workload", "decode-8b"]
+    command += ["--output", str(tmp_path / "r.json")]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "error: the longest sequence has 229 tokens, the model takes 64; lower --scale to 0.0098\n"
+    )
+    both = [WORKLOADS["latency"], WORKLOADS["decode-0.6b"]]
+    assert max(w.max_len(0.0098) for w in both) <= 64 < max(w.max_len(0.0099) for w in both)
+    assert largest_scale([WORKLOADS["decode-0.6b"]], 24) is None
+
+
+def test_random_weights_of_a_real_shape_are_refused_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took hours, and said nothing after "warm-up"."""
+    monkeypatch.setattr(perf.run.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(perf.run, "_run_group", lambda *arguments: {})
+    command = ["perf", "run", "--workload", "decode-0.6b", "--output", str(tmp_path / "r.json")]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: no GPU: ")
+    assert "--model demo --scale 0.05 --workload latency\n" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 SCRIPTS = ("jobs_kill", "jobs_gpus", "jobs_memory", "job_overhead", "engine_figures")
 
 
@@ -164,11 +196,26 @@ def test_unknown_peer_is_refused_before_anything_runs(tmp_path: Path) -> None:
 
 def test_every_mode_writes_a_trace_of_its_own(tmp_path: Path) -> None:
     trace = tmp_path / "t.json"
-    more = ["--mode", "async", "--mode", "sync", "--trace", str(trace)]
+    more = ["--mode", "async", "--mode", "sync", "--trace", str(trace), "--workload", "seed-8b"]
     assert invoke(tmp_path / "result.json", *more) == 0
-    for mode in ("async", "sync"):
-        events = json.loads((tmp_path / f"t.qwen3-0.6b-{mode}.json").read_text())["traceEvents"]
+    traces = [f"t.demo-{mode}.json" for mode in ("async", "sync")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", *traces]
+    for name in traces:
+        events = json.loads((tmp_path / name).read_text())["traceEvents"]
         assert {"schedule", "prefill"} <= {event["name"] for event in events}
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("llama-8b", "t.llama-8b-sync.json"),
+        ("Qwen/Qwen3-0.6B", "t.Qwen3-0.6B-sync.json"),
+        ("/models/mine/", "t.mine-sync.json"),
+        (".", f"t.{Path.cwd().name}-sync.json"),
+    ],
+)
+def test_trace_has_the_models_name(model: str, name: str) -> None:
+    assert trace_path(Path("/a/t.json"), model, "sync") == Path("/a") / name
 
 
 def test_peer_that_leaves_processes_behind_is_not_waited_for(
