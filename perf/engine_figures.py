@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import random
 import resource
@@ -34,11 +33,13 @@ def environment() -> Figures:
     import torch
     import transformers
 
+    from perf.environment import commit
+
     found: Figures = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": os.environ.get("GRAPHENGINE_COMMIT") or _git_commit(),
+        "commit": commit(),
         "card": "cpu",
     }
     if torch.cuda.is_available():
@@ -52,11 +53,6 @@ def environment() -> Figures:
             "flash_attn": flash_attn.__version__,
         }
     return found
-
-
-def _git_commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def prompts(num: int, length: int, vocab_size: int, *, seed: int = 0) -> list[Figures]:

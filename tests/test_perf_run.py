@@ -299,3 +299,37 @@ def test_host_is_measured_without_the_model() -> None:
 def test_environment_names_both_packages_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perf.environment, "_version", lambda _name: "1.0")
     assert {"flash-attn", "flash-attn-4"} <= set(perf.environment.environment()["packages"])
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    command = ["git", "-C", str(folder), *who, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_commit_is_that_of_the_package_wherever_it_is_run_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRAPHENGINE_COMMIT", raising=False)
+    ours, users = tmp_path / "ours", tmp_path / "users"
+    for folder in (ours, users):
+        (folder / "graphengine").mkdir(parents=True)
+        (folder / "graphengine" / "__init__.py").touch()
+        git(folder, "init")
+    git(ours, "add", ".")
+    for folder in (ours, users):
+        git(folder, "commit", "--allow-empty", "-m", "one")
+    monkeypatch.chdir(users)
+    init = ours / "graphengine" / "__init__.py"
+    monkeypatch.setattr(perf.environment.graphengine, "__file__", str(init))
+    found = perf.environment.environment()
+    assert (found["commit"], found["is_dirty"]) == (git(ours, "rev-parse", "HEAD"), False)
+    init.write_text("changed")
+    assert perf.environment.environment()["is_dirty"]
+    # Installed in a folder of a repository that is the user's.
+    init = users / "graphengine" / "__init__.py"
+    monkeypatch.setattr(perf.environment.graphengine, "__file__", str(init))
+    found = perf.environment.environment()
+    assert (found["commit"], found["is_dirty"]) == ("", False)
+    monkeypatch.setenv("GRAPHENGINE_COMMIT", "abc")
+    assert perf.environment.environment()["commit"] == "abc"
