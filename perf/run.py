@@ -206,9 +206,14 @@ def _run_group(
         # What the option has come to, as "auto" may to either.
         made: Json = {"attention": llm.attention}
         if llm.capture_report is not None:
+            runner: Any = llm._runner._runner
             made["capture_s"] = llm.capture_report.total_s
             made["num_buckets"] = len(llm.capture_report.seconds)
-            say(f"{made['num_buckets']} buckets captured in {made['capture_s']:.2f} s")
+            made["num_graphs"] = len(runner._graphs)  # one for each bank too
+            say(
+                f"{made['num_buckets']} batch sizes captured in {made['capture_s']:.2f} s, "
+                f"{made['num_graphs']} graphs"
+            )
         measured: dict[str, list[Values]] = {workload.name: [] for workload in workloads}
         details: dict[str, Json] = {}
         probe = StepProbe(llm) if any(w.kind == "grid" for w in workloads) else None

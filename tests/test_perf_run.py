@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -18,6 +19,7 @@ import cli
 import perf.environment
 import perf.peers
 import perf.run
+from captures import CaptureReport
 from graphengine import LLM
 from graphengine.errors import GraphEngineError
 from graphengine.model_runner import Launched
@@ -239,6 +241,27 @@ def test_peer_that_leaves_processes_behind_is_not_waited_for(
     while state.exists() and state.read_text().split()[2] != "Z":  # killed, but not yet gone
         assert time.monotonic() - start_s < 60
         time.sleep(0.01)
+
+
+def test_graphs_are_counted_with_those_of_each_bank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU captures none; what a GPU has captured is put there."""
+    make_llm = perf.run.make_llm
+
+    def with_graphs(*arguments: Any) -> LLM:
+        llm = make_llm(*arguments)
+        llm.capture_report = CaptureReport({1: 0.25, 2: 0.5}, {1: 0, 2: 0})
+        runner: Any = llm._runner._runner
+        runner._graphs = {(size, bank): None for size in (1, 2) for bank in (0, 1)}
+        return llm
+
+    monkeypatch.setattr(perf.run, "make_llm", with_graphs)
+    output = tmp_path / "result.json"
+    done = CliRunner().invoke(cli.app, [*RUN, "latency", "--output", str(output)])
+    assert "2 batch sizes captured in 0.75 s, 4 graphs\n" in done.stderr
+    detail = json.loads(output.read_text())["workloads"]["latency"]["async"]["detail"]
+    assert (detail["num_buckets"], detail["num_graphs"]) == (2, 4)
 
 
 def test_eager_was_busy_for_about_what_its_kernels_take_as_graphs() -> None:
