@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -18,11 +19,13 @@ from graphengine.config import EngineConfig
 from graphengine.errors import ConfigError
 from graphengine.exit_codes import errors_as_exit_codes, say
 from graphengine.options import Attention, environment_defaults
-from graphengine.output_file import STDOUT, check_output_path
+from graphengine.output_file import STDOUT, check_output_path, write_errors
 from perf.compare import Comparison, Key, compare, load_side
+from perf.result_file import check_result_path, write_result
 from perf.workloads import WORKLOADS
 
 TOO_SLOW = 1
+FAILED_PEER = 1
 _STYLES = {"SLOWER": "bold red", "faster": "green", "noise": "yellow", "info": "dim", "ok": ""}
 
 perf_app = typer.Typer(
@@ -69,14 +72,18 @@ def run_command(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Write what ran when beside FILE, for Perfetto; one trace a shape and mode.",
+            help="Write what ran when beside FILE, for Perfetto; one trace a model and mode.",
         ),
     ] = None,
 ) -> None:
     """Run fixed, seeded workloads in repeats that take turns.
 
     The table goes to standard error. The last line of standard output is one JSON object: the
-    medians, and where the whole result was written.
+    medians, and where the whole result was written; null if it could not be, and then the whole
+    result too.
+
+    Exit code: 1 if a peer failed (our own figures are kept), 2 for what cannot be measured or
+    written, else 0.
     """
     with errors_as_exit_codes():
         if not (math.isfinite(scale) and scale > 0.0):
@@ -86,13 +93,19 @@ def run_command(
         if output == STDOUT:
             raise ConfigError("--output is -, where the summary goes; give a file")
         # Hours may pass before it is written.
-        check_output_path(output, None)
+        check_result_path(output)
         if trace is not None:
             check_output_path(trace, None)
         # As `generate` does, before torch is imported.
         for name, value in environment_defaults().items():
             os.environ.setdefault(name, value)
         from perf.run import run  # imports torch, which takes seconds
+
+        def save(part: dict[str, Any]) -> None:
+            try:
+                write_result(part, Path(output))
+            except ConfigError as error:  # there may be room when all is measured
+                say(f"error: {error}")
 
         result = run(
             list(dict.fromkeys(workload or WORKLOADS)),
@@ -103,11 +116,15 @@ def run_command(
             attention=attention,
             say=say,
             peers=list(dict.fromkeys(peer or ())),
-            save=lambda part: _write_json(part, Path(output)),
+            save=save,
             trace=None if trace is None else Path(trace),
         )
-        _write_json(result, Path(output))
-        _console().print(_run_table(result))
+        failure: ConfigError | None = None
+        try:
+            write_result(result, Path(output))
+        except ConfigError as error:
+            failure = error
+        _show(_run_table(result))
         medians = {
             name: {
                 mode: {key: figure["median"] for key, figure in measured["figures"].items()}
@@ -115,14 +132,20 @@ def run_command(
             }
             for name, modes in result["workloads"].items()
         }
-        _print_json(
-            {
-                "output": output,
-                "config": result["config"],
-                "read_bandwidth_bytes_per_s": result["read_bandwidth_bytes_per_s"],
-                "medians": medians,
-            }
-        )
+        summary: dict[str, Any] = {
+            "output": None if failure else output,
+            "config": result["config"],
+            "read_bandwidth_bytes_per_s": result["read_bandwidth_bytes_per_s"],
+            "medians": medians,
+        }
+        if "peer_errors" in result:
+            summary["peer_errors"] = result["peer_errors"]
+        # The line is then a result file itself, with two entries more.
+        _print_json({**result, **summary} if failure else summary)
+        if failure:
+            raise failure
+        if "peer_errors" in result:
+            raise typer.Exit(FAILED_PEER)
 
 
 @perf_app.command("compare")
@@ -228,7 +251,6 @@ def _run_table(result: dict[str, Any]) -> Table:
 
 
 def _print_comparison(comparison: Comparison) -> None:
-    console = _console()
     for change in comparison.changes:
         say(f"changed: {change}")
     for where, keys in (("base", comparison.only_base), ("new", comparison.only_new)):
@@ -258,7 +280,7 @@ def _print_comparison(comparison: Comparison) -> None:
             f"{row.median_ratio:.3f}",
             Text(row.verdict, style=_STYLES[row.verdict]),
         )
-    console.print(table)
+    _show(table)
     if any(row.verdict == "noise" for row in comparison.rows):
         say("noise: beyond the limit, but not outside the spreads; more repeats tell")
 
@@ -283,17 +305,19 @@ def _name(key: Key) -> str:
     return " ".join(key)
 
 
-def _console() -> Console:
+def _show(table: Table) -> None:
     # In a log a table must not be cut to the 80 columns that rich takes a file to have.
-    return Console(stderr=True) if sys.stderr.isatty() else Console(stderr=True, width=140)
-
-
-def _write_json(result: dict[str, Any], path: Path) -> None:
-    """Whole or not at all: a reader never finds half a file."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    part.replace(path)
+    is_terminal = sys.stderr.isatty()
+    console = Console(stderr=True) if is_terminal else Console(stderr=True, width=140)
+    with contextlib.suppress(OSError):  # as `say`: the work goes on
+        console.print(table)
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value))
+    """Raises ConfigError where nobody takes it, also for a closed pipe: that would end with 1,
+    which `compare` means something by."""
+    try:
+        with write_errors("standard output"):
+            print(json.dumps(value), flush=True)
+    except BrokenPipeError as error:
+        raise ConfigError("standard output is closed; read it to its end") from error

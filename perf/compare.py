@@ -255,7 +255,11 @@ def _load(path: Path) -> Side:
         )
     try:
         return _side(str(path), result)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except KeyError as error:
+        raise InputError(
+            f"{path}: {error.args[0]} is missing; give a file that perf run wrote"
+        ) from error
+    except (TypeError, AttributeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: a broken result of `perf run` ({what})") from error
 

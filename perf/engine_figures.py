@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import random
 import resource
@@ -24,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from perf.result_file import result_path
 from perf.shapes import SHAPES, write_shape
 
 Figures = dict[str, Any]
@@ -33,11 +33,13 @@ def environment() -> Figures:
     import torch
     import transformers
 
+    from perf.environment import commit
+
     found: Figures = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": os.environ.get("GRAPHENGINE_COMMIT") or _git_commit(),
+        "commit": commit(),
         "card": "cpu",
     }
     if torch.cuda.is_available():
@@ -51,11 +53,6 @@ def environment() -> Figures:
             "flash_attn": flash_attn.__version__,
         }
     return found
-
-
-def _git_commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def prompts(num: int, length: int, vocab_size: int, *, seed: int = 0) -> list[Figures]:
@@ -184,7 +181,7 @@ def _startup_child(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=result_path)
     parser.add_argument("--shape", choices=list(SHAPES), help="run every part with this shape")
     parser.add_argument("--new", type=int, help="output tokens instead of each part's own number")
     parser.add_argument("--repeats", type=int, default=3)

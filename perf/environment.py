@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+import graphengine
+
 _PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-4", "transformers", "numpy")
 _QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 # Of the sum, back to back between two waits for the device.
@@ -29,13 +31,19 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "num_cpus": os.cpu_count(),
-        "commit": os.environ.get("GRAPHENGINE_COMMIT") or _run("git", "rev-parse", "HEAD"),
-        "is_dirty": bool(_run("git", "status", "--porcelain")),
+        "commit": commit(),
+        "is_dirty": bool(_git("status", "--porcelain")),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "cuda": torch.version.cuda,
         "gpu": gpu_state(),
     }
     return found
+
+
+def commit() -> str:
+    """Of the code that runs, wherever it is run from; where git does not tell it,
+    GRAPHENGINE_COMMIT may."""
+    return os.environ.get("GRAPHENGINE_COMMIT") or _git("rev-parse", "HEAD")
 
 
 def device_name() -> str:
@@ -95,6 +103,15 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
+
+
+def _git(*arguments: str) -> str:
+    """What git says of the package's repository. Empty where it lies in none, or, as an installed
+    one, in one that does not have it."""
+    file = Path(graphengine.__file__)
+    git = ("git", "-C", str(file.parent))
+    is_tracked = _run(*git, "ls-files", "--error-unmatch", file.name)
+    return _run(*git, *arguments) if is_tracked else ""
 
 
 def _run(*command: str) -> str:

@@ -83,14 +83,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=list(SHAPES), default="qwen3-0.6b")
+    parser.add_argument("--shape", choices=list(SHAPES), help="on a GPU; default: qwen3-0.6b")
     parser.add_argument("--load", choices=list(LOADS), action="append")
     parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
     parser.add_argument("--profile", action="store_true", help="of one more run each, by function")
     parser.add_argument("--sample-memory", action="store_true", help="beside it, as perf run does")
     args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f"--repeats is {args.repeats}; give 1 or more")
     has_gpu = torch.cuda.is_available()
-    shape = args.shape if has_gpu else "tiny"
+    if args.shape not in (None, "tiny") and not has_gpu:
+        parser.error(
+            f"--shape is {args.shape}, which needs a GPU; without one no model runs: leave it out"
+        )
+    shape = args.shape or ("qwen3-0.6b" if has_gpu else "tiny")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         llm = LLM(

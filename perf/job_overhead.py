@@ -23,6 +23,7 @@ from graphengine.config import EngineConfig
 from graphengine.intake import derived_seed
 from graphengine.request import Request, SamplingParams
 from perf.figures import figure
+from perf.result_file import result_path
 from perf.shapes import SHAPES, write_shape
 
 _DEMO = "demo"
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--output-tokens", type=int, default=512)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_path, required=True)
     options = parser.parse_args()
     samples: dict[str, list[float]] = {"generate": [], "job": []}
     with tempfile.TemporaryDirectory() as name:

@@ -26,6 +26,7 @@ from typing import Any
 
 from graphengine.jobs.workers import VISIBLE, visible_gpus
 from perf.jobs_kill import children, is_worker
+from perf.result_file import result_path
 from perf.shapes import SHAPES, write_shape
 
 _DEMO = "demo"
@@ -206,7 +207,7 @@ def main() -> None:
     parser.add_argument("--workers-list", default="1,auto")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--kill", action="store_true")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_path, required=True)
     options = parser.parse_args()
     is_cuda = options.device == "cuda"
     gpus = visible_gpus(os.environ) if is_cuda else []

@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from perf.result_file import result_path
+
 NUM_ROWS = 2000
 _OPTIONS = ("--device=cpu", "--temperature=1.5", "--max-tokens=12", "--seed=7", "--token-ids")
 # A job takes a few seconds of work then, so that kills meet it at work.
@@ -208,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_path, required=True)
     options = parser.parse_args()
     rng = random.Random(options.seed)
     began_s = time.monotonic()
@@ -243,8 +245,8 @@ def main() -> None:
         "seconds": round(time.monotonic() - began_s, 1),
         "jobs": jobs,
     }
+    print(json.dumps({key: value for key, value in result.items() if key != "jobs"}), flush=True)
     options.output.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(json.dumps({key: value for key, value in result.items() if key != "jobs"}))
 
 
 def _undisturbed(source: Path, folder: Path) -> dict[bool, list[bytes]]:

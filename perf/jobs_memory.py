@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from perf.result_file import result_path
+
 _SIZES = (10_000, 1_000_000)
 _FORMS = {"jsonl": "out.jsonl", "parquet": "out"}
 _SAMPLE_S = 0.2
@@ -26,7 +28,7 @@ _NUM_BLOCKS = 20  # of rows, whose time is compared
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs=2, default=_SIZES)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=result_path, required=True)
     parser.add_argument("--chart", type=Path)
     options = parser.parse_args()
     runs: dict[str, list[dict[str, Any]]] = {}

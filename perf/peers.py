@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,30 @@ from perf.figures import merge
 from perf.workloads import Lengths, token_ids
 
 Json = dict[str, Any]
-PEERS = ("transformers", "transformers-sync", "vllm")
+# Each with the package it is. It runs under the Python that runs us.
+PEERS = {"transformers": "transformers", "transformers-sync": "transformers", "vllm": "vllm"}
 _BLOCK_TOKENS = 256
 _WARMUP_TOKENS = 32
+_MAX_ERROR_CHARS = 300
+
+
+def check_peers(peers: Sequence[str]) -> None:
+    """Raises ConfigError for one that does not exist or is not installed."""
+    for peer in peers:
+        if peer not in PEERS:
+            raise ConfigError(f"no peer {peer!r}; choose from {', '.join(PEERS)}")
+        package = PEERS[peer]
+        if find_spec(package) is None:
+            raise ConfigError(
+                f"{package} is not installed; pip install {package}, or leave --peer {peer} out"
+            )
 
 
 def measure_peer(
     peer: str, model_path: Path, workloads: dict[str, Lengths], vocab_size: int, *, repeats: int
 ) -> dict[str, Json]:
     """Figures of each workload, in the result file's form. One process serves all workloads, so
-    that one start pays for all. Raises GraphEngineError with the process's last words."""
-    if peer not in PEERS:
-        raise ConfigError(f"no peer {peer!r}; choose from {', '.join(PEERS)}")
+    that one start pays for all. Raises GraphEngineError with the process's last line."""
     job = {
         "peer": peer,
         "model": str(model_path),
@@ -65,7 +78,10 @@ def measure_peer(
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if process.returncode or not answer.is_file():
-            words = " ".join(log.read_text("utf-8", "replace")[-1000:].split())
+            # The last of a traceback says what it was.
+            lines = log.read_text("utf-8", "replace").splitlines()
+            last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+            words = last[:_MAX_ERROR_CHARS] or f"exit code {process.returncode}"
             raise GraphEngineError(f"peer {peer} failed: {words}")
         seconds: Json = json.loads(answer.read_text())
     found = {}

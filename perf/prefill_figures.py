@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from graphengine.attention.reference import ReferenceAttention
 from graphengine.errors import GraphEngineError
 from perf.prefill_inputs import attention_flops, attention_inputs, time_us
 from perf.prefill_layers import chunk, row_kernels
+from perf.result_file import result_path
 
 Figures = dict[str, Any]
 BACKENDS = ("flash", "flash4")
@@ -190,7 +190,7 @@ def main() -> None:
     names = ("check", "chunk", "attention", "row_kernels", "products", "first_call")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(names)}")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=result_path)
     arguments = parser.parse_args()
     lines: list[Figures] = []
 

@@ -130,14 +130,21 @@ class _Unexpected(Exception):
         super().__init__(f"{clean(where)} is {clean(repr(value))[:60]}, expected {expected}")
 
 
+class _Missing(_Unexpected):
+    def __init__(self, where: str) -> None:
+        Exception.__init__(self, f"{where} is missing")
+
+
 def _result(name: str, raw: object) -> Result:
     top = _dict(raw, "the file")
     if top.get("schema") != SCHEMA:
         raise _Unexpected("schema", top.get("schema"), str(SCHEMA))
-    environment = _dict(top.get("environment", {}), "environment")
-    workloads = _map(
-        top.get("workloads"), "workloads", lambda modes, at: _map(modes, at, _measured)
-    )
+    # What every run writes, and `perf compare` needs.
+    for part in ("environment", "config", "workloads"):
+        if part not in top:
+            raise _Missing(part)
+    environment = _dict(top["environment"], "environment")
+    workloads = _map(top["workloads"], "workloads", lambda modes, at: _map(modes, at, _measured))
     bandwidth = top.get("read_bandwidth_bytes_per_s")
     return Result(
         name=clean(name),
@@ -147,7 +154,7 @@ def _result(name: str, raw: object) -> Result:
         is_dirty=bool(environment.get("is_dirty")),
         read_bandwidth_bytes_per_s=None if bandwidth is None else _number(bandwidth, "bandwidth"),
         environment=environment,
-        config=_dict(top.get("config", {}), "config"),
+        config=_dict(top["config"], "config"),
         workloads={name: modes for name, modes in workloads.items() if modes},
         peers=_map(top.get("peers", {}), "peers", lambda loads, at: _map(loads, at, _peer_figures)),
     )

@@ -18,14 +18,15 @@ from graphengine.config import EngineConfig
 from graphengine.errors import ConfigError, GraphEngineError
 from graphengine.hub import resolve_model
 from graphengine.model_config import load_model_config
+from graphengine.output_file import one_line
 from perf.energy import energy_counter
 from perf.environment import environment, gpu_state, read_bandwidth
 from perf.figures import merge
-from perf.peers import PEERS, measure_peer
-from perf.shapes import write_shape
+from perf.peers import check_peers, measure_peer
+from perf.shapes import SHAPES, write_shape
 from perf.startup import measure_startup
 from perf.step_probe import StepProbe, Values
-from perf.workloads import WORKLOADS, Lengths, Workload, scaled, token_ids
+from perf.workloads import WORKLOADS, Lengths, Workload, largest_scale, scaled, token_ids
 
 SCHEMA = 1
 MODES = {
@@ -54,14 +55,27 @@ def run(
     """The result file's contents: see the README of the figures' meaning.
 
     attention: EngineConfig's, of all but "startup".
-    model: a checkpoint instead of each workload's random-weight shape. Workloads of one shape and
+    model: a checkpoint instead of each workload's random-weight shape. Workloads of one model and
     mode share an engine, and their repeats take turns, so that a drift of the machine falls on all
     alike. `save` is called with what there is after each of these groups, since a run of minutes
-    may be cut short. Each of these engines writes a trace beside `trace`, its shape and mode in the
-    name. Raises ConfigError for a workload or mode that does not exist."""
+    may be cut short. Each of these engines writes a trace beside `trace`, its model and mode in the
+    name. Raises ConfigError for a workload, mode or peer that does not exist or is not there,
+    for lengths that the model does not take, and for a shape's random weights without a GPU."""
     _check_names("workload", names, WORKLOADS)
     _check_names("mode", modes, MODES)
-    _check_names("peer", list(peers), dict.fromkeys(PEERS))
+    check_peers(peers)
+    chosen = [WORKLOADS[name] for name in names]
+    if model is None and not torch.cuda.is_available():
+        raise ConfigError(
+            f"no GPU: torch sees no CUDA device, and on a CPU random weights of the shape "
+            f"{chosen[0].shape} take hours; give a --model, as in "
+            "--model demo --scale 0.05 --workload latency"
+        )
+    groups: dict[str, list[Workload]] = {}
+    for workload in chosen:
+        groups.setdefault(model or workload.shape, []).append(workload)
+    for shape, group in groups.items():
+        _check_lengths(_limit_of(model, shape), group, scale)
     result: Json = {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -76,15 +90,13 @@ def run(
         "read_bandwidth_bytes_per_s": read_bandwidth(),
         "workloads": {},
     }
-    chosen = [WORKLOADS[name] for name in names]
     with tempfile.TemporaryDirectory() as folder:
-        for shape in dict.fromkeys(workload.shape for workload in chosen):
-            group = [workload for workload in chosen if workload.shape == shape]
+        for shape, group in groups.items():
             path = model or str(write_shape(shape, Path(folder)))
             for mode in modes:
                 engine_group = [workload for workload in group if workload.kind != "startup"]
                 if engine_group:
-                    say(f"{shape if model is None else model}, {mode}: making the engine")
+                    say(f"{shape}, {mode}: making the engine")
                     options: Json = {**MODES[mode], "attention": attention}
                     if model is None:
                         options["load_format"] = "dummy"
@@ -107,9 +119,8 @@ def run(
             for workload in group:
                 if workload.kind == "startup":
                     say(f"{workload.name}: starting processes")
-                    result["workloads"][workload.name] = {
-                        "async": measure_startup(model, shape, Path(folder), repeats=repeats)
-                    }
+                    found = measure_startup(model, workload.shape, Path(folder), repeats=repeats)
+                    result["workloads"][workload.name] = {"async": found}
                     save(result)
             _estimate_eager_busy(result["workloads"])
             for peer in peers:
@@ -118,7 +129,7 @@ def run(
                 except GraphEngineError as error:
                     # Our own figures took their time; they are not thrown away for it.
                     result.setdefault("peer_errors", {})[peer] = str(error)
-                    say(f"error: {error}")
+                    say("error: " + one_line(str(error)))
                     continue
                 result.setdefault("peers", {}).setdefault(peer, {}).update(found)
                 save(result)
@@ -149,15 +160,35 @@ def _estimate_eager_busy(workloads: Json) -> None:
         )
 
 
-def trace_path(trace: Path, shape: str, mode: str) -> Path:
-    """Where the engine of that shape and mode writes: t.json -> t.llama-8b-async.json."""
-    return trace.with_name(f"{trace.stem}.{shape}-{mode}{trace.suffix}")
+def trace_path(trace: Path, model: str, mode: str) -> Path:
+    """Where the engine of that model or shape writes: t.json -> t.llama-8b-async.json."""
+    name = Path(model).expanduser().resolve().name  # of a directory, also "."; of a hub id
+    return trace.with_name(f"{trace.stem}.{name}-{mode}{trace.suffix}")
 
 
 def _check_names(kind: str, names: list[str], known: Mapping[str, object]) -> None:
     for name in names:
         if name not in known:
             raise ConfigError(f"no {kind} {name!r}; choose from {', '.join(known)}")
+
+
+def _limit_of(model: str | None, shape: str) -> int:
+    """Tokens of the longest sequence that the model takes."""
+    if model is None:
+        return int(SHAPES[shape]["max_position_embeddings"])
+    return load_model_config(resolve_model(model, with_weights=False)).max_position_embeddings
+
+
+def _check_lengths(limit: int, workloads: list[Workload], scale: float) -> None:
+    workloads = [workload for workload in workloads if workload.kind != "startup"]
+    longest = max((workload.max_len(scale) for workload in workloads), default=0)
+    if longest <= limit:
+        return
+    fitting = largest_scale(workloads, limit)
+    raise ConfigError(
+        f"the longest sequence has {longest} tokens, the model takes {limit}; "
+        + ("take other workloads" if fitting is None else f"lower --scale to {fitting:g}")
+    )
 
 
 def _run_group(
@@ -175,9 +206,14 @@ def _run_group(
         # What the option has come to, as "auto" may to either.
         made: Json = {"attention": llm.attention}
         if llm.capture_report is not None:
+            runner: Any = llm._runner._runner
             made["capture_s"] = llm.capture_report.total_s
             made["num_buckets"] = len(llm.capture_report.seconds)
-            say(f"{made['num_buckets']} buckets captured in {made['capture_s']:.2f} s")
+            made["num_graphs"] = len(runner._graphs)  # one for each bank too
+            say(
+                f"{made['num_buckets']} batch sizes captured in {made['capture_s']:.2f} s, "
+                f"{made['num_graphs']} graphs"
+            )
         measured: dict[str, list[Values]] = {workload.name: [] for workload in workloads}
         details: dict[str, Json] = {}
         probe = StepProbe(llm) if any(w.kind == "grid" for w in workloads) else None
@@ -232,10 +268,6 @@ def make_llm(
 ) -> LLM:
     """An engine whose KV cache holds what the workloads need at once, and not more."""
     limit = load_model_config(resolve_model(path)).max_position_embeddings
-    if max_len > limit:
-        raise ConfigError(
-            f"the longest sequence has {max_len} tokens, the model takes {limit}; lower --scale"
-        )
     max_num_seqs = max(
         [rows for workload in workloads for rows, _ in workload.points]
         + [min(256, len(workload.lengths(scale))) for workload in workloads]

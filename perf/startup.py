@@ -90,4 +90,9 @@ def _child(path: str) -> None:
 
 
 if __name__ == "__main__":
+    # No argparse: what it takes to import would count.
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print("usage: python -m perf.startup MODEL_DIRECTORY", file=sys.stderr)
+        print("one process of `graphengine perf run --workload startup`", file=sys.stderr)
+        sys.exit(2)
     _child(sys.argv[1])

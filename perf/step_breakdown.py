@@ -25,6 +25,7 @@ from graphengine import LLM
 from graphengine.errors import ConfigError, GraphEngineError
 from perf.environment import environment, read_bandwidth
 from perf.kernel_accounts import KernelEvent, StepFloors, account
+from perf.result_file import result_path
 from perf.run import make_llm
 from perf.shapes import SHAPES, write_shape
 from perf.step_probe import StepProbe
@@ -115,7 +116,7 @@ def main() -> None:
     )
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
     parser.add_argument("--point", action="append", required=True, metavar="ROWSxCONTEXT")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=result_path)
     args = parser.parse_args()
     try:
         run(args.shape, tuple(map(point, args.point)), args.output)
@@ -143,7 +144,7 @@ def run(shape: str, points: tuple[tuple[int, int], ...], output: Path | None) ->
         gc.freeze()  # as the engine's loop does: a collection would stop the host in mid-profile
         for rows, context in points:
             if not probe.fits(rows, context):
-                raise ConfigError(f"--point {rows}x{context} does not fit this card's KV cache")
+                raise ConfigError(f"--point {rows}x{context} does not fit KV cache or model")
             found = breakdown(llm, probe, rows, context, bytes_per_s)
             result["points"].append(found)
             print(table(shape, found), file=sys.stderr, flush=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 # (prompt tokens, output tokens) of each request.
@@ -35,6 +36,16 @@ GRID_STEPS = 24
 
 def scaled(length: int, scale: float) -> int:
     return max(1, round(length * scale))
+
+
+def largest_scale(workloads: Sequence[Workload], limit: int) -> float | None:
+    """Of the scales with two digits the largest whose sequences have at most `limit` tokens; None
+    if the shortest are too long."""
+    scales = [float(f"{digits}e{power}") for power in range(-6, 3) for digits in range(10, 100)]
+    num_fit = bisect.bisect_right(
+        scales, limit, key=lambda scale: max(workload.max_len(scale) for workload in workloads)
+    )
+    return scales[num_fit - 1] if num_fit else None
 
 
 def _same(num: int, prompt: int, new: int) -> Callable[[float], Lengths]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -489,6 +492,26 @@ def test_figures_of_one_side_are_named(tmp_path: Path) -> None:
     assert "only in base: latency async total_s\n" in outcome.stderr
     assert "only in new: latency async other_s\n" in outcome.stderr
     assert json.loads(outcome.stdout)["only_new"] == ["latency async other_s"]
+
+
+@pytest.mark.parametrize("reader", ["full", "closed"])
+def test_summary_that_nobody_takes_is_no_verdict(tmp_path: Path, reader: str) -> None:
+    """Python ends with 1 for both, which is what a slower figure ends with."""
+    base = str(write(tmp_path / "a", result()))
+    if reader == "full":
+        out = os.open("/dev/full", os.O_WRONLY)
+    else:
+        end, out = os.pipe()
+        os.close(end)
+    command = [sys.executable, "-m", "cli", "perf", "compare", base, base]
+    done = subprocess.run(
+        command, stdout=out, stderr=subprocess.PIPE, text=True, check=False, timeout=60
+    )
+    os.close(out)
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: standard output"), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def folder(path: Path, factors: Iterable[float]) -> Path:

@@ -172,8 +172,9 @@ def gpu_result(*names: str) -> Json:
     return result
 
 
+EMPTY: Json = {"schema": 1, "environment": {}, "config": {}, "workloads": {}}
 SHORT: Json = {
-    "schema": 1,
+    **EMPTY,
     "workloads": {"latency": {"async": {"figures": {"total_s": fig(1.0, "s", "lower")}}}},
 }
 
@@ -310,7 +311,7 @@ def test_parts_without_data_are_left_out(tmp_path: Path) -> None:
 
 
 def test_no_workloads_give_a_page_without_charts(tmp_path: Path) -> None:
-    page = page_of(tmp_path, {"schema": 1, "workloads": {}})
+    page = page_of(tmp_path, EMPTY)
     assert "<svg" not in page
     assert Tags(page).open == []
 
@@ -485,6 +486,22 @@ def test_broken_file_is_one_clear_error(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("part", ["environment", "config", "workloads"])
+def test_compare_and_report_refuse_the_same_file_in_the_same_words(
+    tmp_path: Path, part: str
+) -> None:
+    """A file without its config was drawn by one and broken for the other."""
+    result = gpu_result()
+    del result[part]
+    path = str(write(tmp_path / "run.json", result))
+    page = str(tmp_path / "page.html")
+    for command in (["compare", path, path], ["report", path, "--output", page]):
+        done = CliRunner().invoke(cli.app, ["perf", *command])
+        assert done.exit_code == 2
+        assert done.stderr.endswith(f": {part} is missing; give a file that perf run wrote\n")
+        assert done.stderr.count("\n") == 1
+
+
 def test_page_never_replaces_a_result(tmp_path: Path) -> None:
     path = write(tmp_path / "run.json", SHORT)
     with pytest.raises(ConfigError, match="also a result"):
@@ -522,7 +539,7 @@ def test_command_tells_what_is_wrong_in_one_line(tmp_path: Path) -> None:
 
 
 def test_place_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
-    path = write(tmp_path / "run.json", {"schema": 1, "workloads": {}})
+    path = write(tmp_path / "run.json", EMPTY)
     with pytest.raises(ConfigError, match="cannot be written"):
         build_report([path], tmp_path / "none" / "report.html")
 
@@ -530,7 +547,7 @@ def test_place_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None
 def test_missing_matplotlib_is_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(tmp_path / "run.json", {"schema": 1, "workloads": {}})
+    path = write(tmp_path / "run.json", EMPTY)
     monkeypatch.setattr("perf.report.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'graphengine\[report\]'"):
         build_report([path], tmp_path / "report.html")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,14 +19,18 @@ import cli
 import perf.environment
 import perf.peers
 import perf.run
+from captures import CaptureReport
 from graphengine import LLM
 from graphengine.errors import GraphEngineError
 from graphengine.model_runner import Launched
 from graphengine.scheduler import DecodeBatch
 from graphengine.sequence_table import SequenceTable
+from perf.compare import load_side
 from perf.figures import merge
 from perf.host_loop import measure, without_model
+from perf.run import trace_path
 from perf.step_probe import StepProbe
+from perf.workloads import WORKLOADS, largest_scale
 
 RUN = ["perf", "run", "--model", "demo", "--scale", "0.004", "--repeats", "1", "--workload"]
 
@@ -50,14 +59,136 @@ def test_peer_that_fails_is_named_and_costs_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*args: object, **kwargs: object) -> None:
-        raise GraphEngineError("peer vllm failed: no module named vllm")
+        raise GraphEngineError("peer transformers failed: no room")
 
     monkeypatch.setattr(perf.run, "measure_peer", failing)
     output = tmp_path / "result.json"
-    assert invoke(output, "--peer", "vllm") == 0
+    more = ["latency", "--output", str(output), "--peer", "transformers"]
+    done = CliRunner().invoke(cli.app, [*RUN, *more])
+    assert done.exit_code == 1
     result = json.loads(output.read_text())
-    assert result["peer_errors"] == {"vllm": "peer vllm failed: no module named vllm"}
+    assert result["peer_errors"] == {"transformers": "peer transformers failed: no room"}
     assert "latency" in result["workloads"]
+    summary = json.loads(done.stdout)
+    assert summary["peer_errors"] == result["peer_errors"]
+    assert "latency" in summary["medians"]
+
+
+def test_peer_that_is_not_installed_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(perf.peers, "find_spec", lambda name: None if name == "vllm" else object())
+    more = ["latency", "--output", str(tmp_path / "r.json"), "--peer", "vllm"]
+    done = CliRunner().invoke(cli.app, [*RUN, *more])
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "error: vllm is not installed; pip install vllm, or leave --peer vllm out\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("Traceback:\n  File a\nValueError: too few blocks\n\n", "ValueError: too few blocks"),
+        ("", "exit code 7"),
+    ],
+)
+def test_error_of_a_peer_is_the_last_line_of_its_log(
+    log: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "log").write_text(log)
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\ncat {tmp_path / 'log'}; exit 7\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(perf.peers.sys, "executable", str(fake))
+    with pytest.raises(GraphEngineError) as caught:
+        perf.peers.measure_peer("vllm", tmp_path, {"latency": [(4, 8)]}, 100, repeats=1)
+    assert str(caught.value) == f"peer vllm failed: {words}"
+
+
+def test_result_that_cannot_be_kept_is_printed_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(part: Path, path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    output = tmp_path / "result.json"
+    done = CliRunner().invoke(cli.app, [*RUN, "latency", "--output", str(output)])
+    assert done.exit_code == 2
+    assert done.stderr.endswith(
+        f"error: {output}: No space left on device; make room or write the output elsewhere\n"
+    )
+    assert "ms_per_step" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    printed = json.loads(done.stdout)
+    assert printed["output"] is None
+    assert printed["medians"]["latency"]["async"]["total_s"] > 0
+    output.write_text(done.stdout)
+    assert ("latency", "async", "total_s") in load_side(output).figures
+
+
+def test_place_that_takes_no_file_is_found_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the permissions are there: on a full disk, and in /proc as root."""
+    done = CliRunner().invoke(cli.app, [*RUN, "latency", "--output", "/proc/result.json"])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+    def full(part: Path, data: bytes) -> None:
+        part.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    output = tmp_path / "result.json"
+    done = CliRunner().invoke(cli.app, [*RUN, "latency", "--output", str(output)])
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert f"error: {output}: No space left on device" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lengths_that_the_model_does_not_take_are_refused_with_a_scale_that_fits(
+    tmp_path: Path,
+) -> None:
+    command = ["perf", "run", "--model", "demo", "--repeats", "1", "--scale", "0.05"]
+    command += ["--workload", "latency", "--workload", "decode-0.6b", "--workload", "decode-8b"]
+    command += ["--output", str(tmp_path / "r.json")]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 2
+    assert done.stderr == (
+        "error: the longest sequence has 229 tokens, the model takes 64; lower --scale to 0.0098\n"
+    )
+    both = [WORKLOADS["latency"], WORKLOADS["decode-0.6b"]]
+    assert max(w.max_len(0.0098) for w in both) <= 64 < max(w.max_len(0.0099) for w in both)
+    assert largest_scale([WORKLOADS["decode-0.6b"]], 24) is None
+
+
+def test_random_weights_of_a_real_shape_are_refused_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took hours, and said nothing after "warm-up"."""
+    monkeypatch.setattr(perf.run.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(perf.run, "_run_group", lambda *arguments: {})
+    command = ["perf", "run", "--workload", "decode-0.6b", "--output", str(tmp_path / "r.json")]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: no GPU: ")
+    assert "--model demo --scale 0.05 --workload latency\n" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+SCRIPTS = ("jobs_kill", "jobs_gpus", "jobs_memory", "job_overhead", "engine_figures")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_look_at_their_output_first(script: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"perf.{script}", "--output", str(tmp_path / "no" / "r.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert f"no directory {tmp_path / 'no'}; make it first" in done.stderr.splitlines()[-1]
 
 
 def test_unknown_peer_is_refused_before_anything_runs(tmp_path: Path) -> None:
@@ -68,11 +199,26 @@ def test_unknown_peer_is_refused_before_anything_runs(tmp_path: Path) -> None:
 
 def test_every_mode_writes_a_trace_of_its_own(tmp_path: Path) -> None:
     trace = tmp_path / "t.json"
-    more = ["--mode", "async", "--mode", "sync", "--trace", str(trace)]
+    more = ["--mode", "async", "--mode", "sync", "--trace", str(trace), "--workload", "seed-8b"]
     assert invoke(tmp_path / "result.json", *more) == 0
-    for mode in ("async", "sync"):
-        events = json.loads((tmp_path / f"t.qwen3-0.6b-{mode}.json").read_text())["traceEvents"]
+    traces = [f"t.demo-{mode}.json" for mode in ("async", "sync")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", *traces]
+    for name in traces:
+        events = json.loads((tmp_path / name).read_text())["traceEvents"]
         assert {"schedule", "prefill"} <= {event["name"] for event in events}
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("llama-8b", "t.llama-8b-sync.json"),
+        ("Qwen/Qwen3-0.6B", "t.Qwen3-0.6B-sync.json"),
+        ("/models/mine/", "t.mine-sync.json"),
+        (".", f"t.{Path.cwd().name}-sync.json"),
+    ],
+)
+def test_trace_has_the_models_name(model: str, name: str) -> None:
+    assert trace_path(Path("/a/t.json"), model, "sync") == Path("/a") / name
 
 
 def test_peer_that_leaves_processes_behind_is_not_waited_for(
@@ -95,6 +241,27 @@ def test_peer_that_leaves_processes_behind_is_not_waited_for(
     while state.exists() and state.read_text().split()[2] != "Z":  # killed, but not yet gone
         assert time.monotonic() - start_s < 60
         time.sleep(0.01)
+
+
+def test_graphs_are_counted_with_those_of_each_bank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU captures none; what a GPU has captured is put there."""
+    make_llm = perf.run.make_llm
+
+    def with_graphs(*arguments: Any) -> LLM:
+        llm = make_llm(*arguments)
+        llm.capture_report = CaptureReport({1: 0.25, 2: 0.5}, {1: 0, 2: 0})
+        runner: Any = llm._runner._runner
+        runner._graphs = {(size, bank): None for size in (1, 2) for bank in (0, 1)}
+        return llm
+
+    monkeypatch.setattr(perf.run, "make_llm", with_graphs)
+    output = tmp_path / "result.json"
+    done = CliRunner().invoke(cli.app, [*RUN, "latency", "--output", str(output)])
+    assert "2 batch sizes captured in 0.75 s, 4 graphs\n" in done.stderr
+    detail = json.loads(output.read_text())["workloads"]["latency"]["async"]["detail"]
+    assert (detail["num_buckets"], detail["num_graphs"]) == (2, 4)
 
 
 def test_eager_was_busy_for_about_what_its_kernels_take_as_graphs() -> None:
@@ -153,6 +320,66 @@ def test_host_is_measured_without_the_model() -> None:
     assert 0.0 < found["host_ms_per_decode_step"] < found["wall_ms_per_decode_step"]
 
 
+REFUSED = {
+    "repeats": ("host_loop --repeats 0", "--repeats is 0; give 1 or more"),
+    "shape": ("host_loop --shape qwen3-0.6b", "--shape is qwen3-0.6b, which needs a GPU"),
+    "start-up of nothing": ("startup", "usage: python -m perf.startup MODEL_DIRECTORY"),
+    "start-up's help": ("startup --help", "perf run --workload startup"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED)
+def test_scripts_say_what_they_do_not_take(arguments: str, words: str) -> None:
+    """A traceback, or another shape than was asked for."""
+    module, *options = arguments.split()
+    done = subprocess.run(
+        [sys.executable, "-m", f"perf.{module}", *options],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
 def test_environment_names_both_packages_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(perf.environment, "_version", lambda _name: "1.0")
     assert {"flash-attn", "flash-attn-4"} <= set(perf.environment.environment()["packages"])
+
+
+def git(folder: Path, *arguments: str) -> str:
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    command = ["git", "-C", str(folder), *who, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_commit_is_that_of_the_package_wherever_it_is_run_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GRAPHENGINE_COMMIT", raising=False)
+    ours, users = tmp_path / "ours", tmp_path / "users"
+    for folder in (ours, users):
+        (folder / "graphengine").mkdir(parents=True)
+        (folder / "graphengine" / "__init__.py").touch()
+        git(folder, "init")
+    git(ours, "add", ".")
+    for folder in (ours, users):
+        git(folder, "commit", "--allow-empty", "-m", "one")
+    monkeypatch.chdir(users)
+    init = ours / "graphengine" / "__init__.py"
+    monkeypatch.setattr(perf.environment.graphengine, "__file__", str(init))
+    found = perf.environment.environment()
+    assert (found["commit"], found["is_dirty"]) == (git(ours, "rev-parse", "HEAD"), False)
+    init.write_text("changed")
+    assert perf.environment.environment()["is_dirty"]
+    # Installed in a folder of a repository that is the user's.
+    init = users / "graphengine" / "__init__.py"
+    monkeypatch.setattr(perf.environment.graphengine, "__file__", str(init))
+    found = perf.environment.environment()
+    assert (found["commit"], found["is_dirty"]) == ("", False)
+    monkeypatch.setenv("GRAPHENGINE_COMMIT", "abc")
+    assert perf.environment.environment()["commit"] == "abc"
