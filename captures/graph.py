@@ -21,10 +21,12 @@ class CaptureError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class CaptureReport:
-    """What the graphs cost. Bytes are device memory the driver reports as taken, per bucket."""
+    """What the graphs cost, of which a bucket has one for each bank. Bytes are device memory the
+    driver reports as taken, per bucket."""
 
     seconds: dict[int, float]
     bytes: dict[int, int]
+    num_graphs: int
 
     @property
     def total_s(self) -> float:
@@ -103,7 +105,7 @@ class GraphRunner:
                 raise CaptureError(f"capture of the {bucket}-row bucket failed: {error}") from error
             seconds[bucket] = time.perf_counter() - start
             num_bytes[bucket] = max(0, free_before - torch.cuda.mem_get_info(streams.device)[0])
-        self.report = CaptureReport(seconds, num_bytes)
+        self.report = CaptureReport(seconds, num_bytes, len(self._graphs))
 
     def _capture(self, bucket: int, bank_index: int) -> Replayable:
         buffers = self._pipeline.buffers[bucket, bank_index]

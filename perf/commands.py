@@ -95,7 +95,7 @@ def run_command(
         # Hours may pass before it is written.
         check_result_path(output)
         if trace is not None:
-            check_output_path(trace, None)
+            check_output_path(trace, None, option="--trace")
         # As `generate` does, before torch is imported.
         for name, value in environment_defaults().items():
             os.environ.setdefault(name, value)

@@ -206,10 +206,9 @@ def _run_group(
         # What the option has come to, as "auto" may to either.
         made: Json = {"attention": llm.attention}
         if llm.capture_report is not None:
-            runner: Any = llm._runner._runner
             made["capture_s"] = llm.capture_report.total_s
             made["num_buckets"] = len(llm.capture_report.seconds)
-            made["num_graphs"] = len(runner._graphs)  # one for each bank too
+            made["num_graphs"] = llm.capture_report.num_graphs
             say(
                 f"{made['num_buckets']} batch sizes captured in {made['capture_s']:.2f} s, "
                 f"{made['num_graphs']} graphs"

@@ -541,6 +541,7 @@ def test_capture_report_names_every_bucket(flash_checkpoint: Path) -> None:
     assert report is not None
     sizes = set(BucketLadder.up_to(MAX_NUM_SEQS).sizes)
     assert set(report.seconds) == set(report.bytes) == sizes
+    assert report.num_graphs == 2 * len(sizes)  # two banks
     assert all(seconds > 0 for seconds in report.seconds.values())
     assert all(num_bytes >= 0 for num_bytes in report.bytes.values())
     assert 0 < report.total_s < 60

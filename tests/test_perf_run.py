@@ -243,7 +243,7 @@ def test_peer_that_leaves_processes_behind_is_not_waited_for(
         time.sleep(0.01)
 
 
-def test_graphs_are_counted_with_those_of_each_bank(
+def test_graphs_are_told_beside_the_batch_sizes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The CPU captures none; what a GPU has captured is put there."""
@@ -251,9 +251,7 @@ def test_graphs_are_counted_with_those_of_each_bank(
 
     def with_graphs(*arguments: Any) -> LLM:
         llm = make_llm(*arguments)
-        llm.capture_report = CaptureReport({1: 0.25, 2: 0.5}, {1: 0, 2: 0})
-        runner: Any = llm._runner._runner
-        runner._graphs = {(size, bank): None for size in (1, 2) for bank in (0, 1)}
+        llm.capture_report = CaptureReport({1: 0.25, 2: 0.5}, {1: 0, 2: 0}, 4)
         return llm
 
     monkeypatch.setattr(perf.run, "make_llm", with_graphs)
