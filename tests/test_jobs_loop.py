@@ -602,6 +602,18 @@ def test_worker_that_dies_as_the_job_stops_is_no_failure(monkeypatch: pytest.Mon
     assert job.error is None
 
 
+def test_stop_while_a_dead_worker_is_told_of_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None was started again then, which was taken for a loss: exit code 3, not the signal's."""
+    made = pool([None])
+    job = job_of(made)
+    monkeypatch.setattr(made, "reap", lambda worker: -9)
+    job._returned.append(Task(0, "0", "p"))
+    job._say = lambda line: job.stop()
+    job._bury(made.workers[0])
+    assert job.error is None
+    assert not job._is_lost
+
+
 def test_job_ends_when_no_worker_is_left_and_goes_on_with_new_ones(tmp_path: Path) -> None:
     texts = [str(i) for i in range(60)]
     for place in (5, 25, 45):

@@ -353,7 +353,7 @@ class JobLoop:
 
     def _give_up(self, how: str) -> None:
         """No worker is left. A reason that the engine gave is the user's to mend."""
-        if self._is_over():
+        if self._is_stopped or self._is_over():
             return
         self._is_lost = True
         reasons = [worker.error for worker in self._pool.workers if worker.error]
