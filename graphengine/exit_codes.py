@@ -22,12 +22,17 @@ def errors_as_exit_codes() -> Iterator[None]:
     try:
         yield
     except GraphEngineError as error:
-        _drop_unwritten_output()
-        say("error: " + one_line(str(error)))
+        tell(error)
         raise typer.Exit(BAD_INPUT) from error
     except KeyboardInterrupt as error:
         say("interrupted")
         raise typer.Exit(INTERRUPTED) from error
+
+
+def tell(error: GraphEngineError) -> None:
+    """The error's line, for a command that goes on to its own exit code."""
+    _drop_unwritten_output()
+    say("error: " + one_line(str(error)))
 
 
 def _drop_unwritten_output() -> None:

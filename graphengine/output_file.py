@@ -95,6 +95,16 @@ def write_errors(name: str) -> Iterator[None]:
         ) from error
 
 
+def print_line(line: str) -> None:
+    """A line on standard output, at once. Raises ConfigError if nobody takes it, also for a closed
+    pipe, which would end the command with 1: of `run` and `perf compare` that means more."""
+    try:
+        with write_errors(STDOUT_NAME):
+            print(line, flush=True)
+    except BrokenPipeError as error:
+        raise ConfigError(f"{STDOUT_NAME} is closed; read it to its end") from error
+
+
 class JsonlWriter:
     """A line of JSON per output, UTF-8, handed to the system at once: a run cut short leaves whole
     lines. `file` is binary; `name` is for the error if it cannot be written (ConfigError)."""

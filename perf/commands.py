@@ -19,7 +19,7 @@ from graphengine.config import EngineConfig
 from graphengine.errors import ConfigError
 from graphengine.exit_codes import errors_as_exit_codes, say
 from graphengine.options import Attention, environment_defaults
-from graphengine.output_file import STDOUT, check_output_path, write_errors
+from graphengine.output_file import STDOUT, check_output_path, print_line
 from perf.compare import Comparison, Key, compare, load_side
 from perf.result_file import check_result_path, write_result
 from perf.workloads import WORKLOADS
@@ -314,10 +314,4 @@ def _show(table: Table) -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    """Raises ConfigError where nobody takes it, also for a closed pipe: that would end with 1,
-    which `compare` means something by."""
-    try:
-        with write_errors("standard output"):
-            print(json.dumps(value), flush=True)
-    except BrokenPipeError as error:
-        raise ConfigError("standard output is closed; read it to its end") from error
+    print_line(json.dumps(value))

@@ -314,7 +314,9 @@ def test_missing_package_is_one_line_that_names_the_extra(
         assert last == wanted
 
 
-def start(source: Path, output: Path, *, stderr: int) -> subprocess.Popen[bytes]:
+def start(
+    source: Path, output: Path, *, stderr: int, stdout: int = subprocess.PIPE
+) -> subprocess.Popen[bytes]:
     """The command in a process of its own, with the stand-in engine."""
     code = (
         "import functools, sys\nimport graphengine.jobs.job as job\nimport cli\n"
@@ -327,7 +329,7 @@ def start(source: Path, output: Path, *, stderr: int) -> subprocess.Popen[bytes]
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": path, "TERM": "xterm", "COLUMNS": "160"},
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=stderr,
     )
 
@@ -351,6 +353,60 @@ def test_signal_ends_the_command_in_order(
     assert counts["num_rows"] == len(read(out)) < 300
     wanted = f"{name}: stopped; run the same command again to go on"
     assert stderr.decode().splitlines()[-1] == wanted
+
+
+@pytest.mark.parametrize("reader", ["full", "closed"])
+@pytest.mark.parametrize(("end", "code"), [("all good", 2), ("SIGTERM", 143), ("bad row", 1)])
+def test_counts_that_nobody_takes_are_told_and_the_job_keeps_its_exit_code(
+    tmp_path: Path, end: str, code: int, reader: str
+) -> None:
+    """A full standard output once made 2 of all, a closed one 1 without a word."""
+    if reader == "full":
+        stdout = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reading, stdout = os.pipe()
+        os.close(reading)
+    rows: list[Any] = [{"prompt": f"{i} slow"} for i in range(300 if end == "SIGTERM" else 3)]
+    if end == "bad row":
+        rows.append({"prompt": 5})
+    out = tmp_path / "out.jsonl"
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    job = start(source, out, stderr=subprocess.PIPE, stdout=stdout)
+    os.close(stdout)
+    while end == "SIGTERM" and not out.exists():
+        time.sleep(0.01)
+    if end == "SIGTERM":
+        job.send_signal(signal.SIGTERM)
+    _, stderr = job.communicate(timeout=20)
+    assert job.returncode == code, stderr
+    lines = stderr.decode().splitlines()
+    wanted = {
+        "full": "error: standard output: No space left on device; make room or write the output "
+        "elsewhere",
+        "closed": "error: standard output is closed; read it to its end",
+    }
+    assert lines.count(wanted[reader]) == 1, lines
+    last = "SIGTERM: stopped; run the same command again to go on"
+    assert lines[-1] == (last if end == "SIGTERM" else wanted[reader])
+
+
+@pytest.mark.parametrize(
+    ("texts", "code", "last"),
+    [
+        (["a"], 2, "error: /dev/full: No space left on device"),
+        (["a", "refuse"], 1, "error: /dev/full: No space left on device"),
+        (["a", "die", "b", "die", "c"], 3, "error: no worker is left"),
+    ],
+)
+def test_summary_that_cannot_be_written_leaves_the_counts_and_the_exit_code(
+    tmp_path: Path, texts: list[str], code: int, last: str
+) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", ({"prompt": text} for text in texts))
+    result = run(source, "--output", tmp_path / "out.jsonl", "--summary=/dev/full")
+    assert result.exit_code == code, result.stderr
+    assert "error: /dev/full: No space left on device" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith(last)
+    assert json.loads(result.stdout.splitlines()[-1])["num_workers"] == 1
 
 
 def test_bar_is_on_standard_error_and_the_cursor_comes_back(tmp_path: Path) -> None:

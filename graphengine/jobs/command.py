@@ -14,7 +14,7 @@ from rich.console import Console
 
 from graphengine.config import TUNING, EngineConfig, engine_config
 from graphengine.errors import ConfigError
-from graphengine.exit_codes import errors_as_exit_codes, say
+from graphengine.exit_codes import BAD_INPUT, errors_as_exit_codes, say, tell
 from graphengine.options import (
     Attention,
     BlockSize,
@@ -47,7 +47,7 @@ from graphengine.options import (
     environment_defaults,
     parse_ids,
 )
-from graphengine.output_file import STDOUT_NAME, check_output_path, one_line, write_errors
+from graphengine.output_file import check_output_path, print_line, write_errors
 from graphengine.request import SamplingParams
 
 FAILED_ROWS = 1
@@ -153,7 +153,8 @@ def run(
     standard output is one JSON object: the counts.
 
     Exit code: 0, or 1 if rows of the output have an error, 2 for bad input or an output that cannot
-    be written, 3 if no worker process is left, 130 after Ctrl-C, 143 after SIGTERM.
+    be written, 3 if no worker process is left, 130 after Ctrl-C, 143 after SIGTERM. It is 2 for
+    counts that cannot be written only where it would be 0.
     """
     with errors_as_exit_codes():
         from graphengine.jobs.extras import require
@@ -228,16 +229,10 @@ def run(
         environment = {**environment_defaults(), **os.environ}
         outcome = run_job(config, environment=environment, console=_console(), say=say)
         signum = None if outcome.signum is None else signal.Signals(outcome.signum)
-        counts = job_summary(outcome)
-        line = json.dumps(counts)
         say(job_report(outcome.stats))
-        if summary is not None:
-            with write_errors(summary):
-                Path(summary).write_text(line + "\n", "utf-8")
-        with write_errors(STDOUT_NAME):
-            print(line, flush=True)
+        is_told = _write_counts(json.dumps(job_summary(outcome)), summary)
         if isinstance(outcome.error, WorkersLostError):
-            say("error: " + one_line(str(outcome.error)))
+            tell(outcome.error)
             raise typer.Exit(WORKERS_LOST)
         if outcome.error is not None:
             raise outcome.error
@@ -246,6 +241,27 @@ def run(
             raise typer.Exit(128 + signum)
         if outcome.stats.num_failed:
             raise typer.Exit(FAILED_ROWS)
+        if not is_told:
+            raise typer.Exit(BAD_INPUT)
+
+
+def _write_counts(line: str, summary: str | None) -> bool:
+    """Whether the counts could be written wherever they go. Where not, the error is told: how the
+    job itself ended still decides the exit code."""
+    is_told = True
+    try:
+        if summary is not None:
+            with write_errors(summary):
+                Path(summary).write_text(line + "\n", "utf-8")
+    except ConfigError as error:
+        tell(error)
+        is_told = False
+    try:
+        print_line(line)
+    except ConfigError as error:
+        tell(error)
+        is_told = False
+    return is_told
 
 
 def _num_workers(text: str) -> int | None:
