@@ -85,6 +85,8 @@ class EngineConfig:
             if is_given and (not isinstance(value, str) or not value):
                 raise ConfigError(f"{name} is {value!r}; give a directory or a hub id, as a string")
         _check_tuning(self.tuning)
+        if self.trace is not None and not isinstance(self.trace, str):
+            raise ConfigError(f"trace is {self.trace!r}; give a file, as a string")
         for name in ("skip_tokenizer_init", "enforce_eager", "async_scheduling"):
             value = getattr(self, name)
             if not isinstance(value, bool):

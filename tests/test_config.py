@@ -17,6 +17,7 @@ WRONG = [
     ("model", Path("demo"), "give a directory or a hub id"),
     ("tokenizer", "", "give a directory or a hub id"),
     ("tokenizer", ["demo"], "give a directory or a hub id"),
+    ("trace", Path("trace.json"), "give a file, as a string"),
     ("skip_tokenizer_init", 1, "give True or False"),
     ("enforce_eager", "yes", "give True or False"),
     ("async_scheduling", None, "give True or False"),

@@ -256,6 +256,36 @@ def test_config_that_cannot_be_is_refused(options: dict[str, Any], error: str) -
         job(**options)
 
 
+NO_TEXT = "a\udcff"  # as Python has the bytes a, 0xff of a command line
+NOT_UTF_8: dict[str, tuple[str, dict[str, Any]]] = {
+    "model": ("MODEL", {"engine": {"model": NO_TEXT}}),
+    "tokenizer": ("--tokenizer", {"engine": {"tokenizer": NO_TEXT}}),
+    "tuning": ("--tuning", {"engine": {"tuning": NO_TEXT}}),
+    "trace": ("--trace", {"engine": {"trace": NO_TEXT}}),
+    "output": ("--output", {"output": NO_TEXT}),
+    "template": ("--template", {"template": NO_TEXT}),
+    "prompt column": ("--prompt-column", {"prompt_column": NO_TEXT}),
+    "messages column": ("--messages-column", {"messages_column": NO_TEXT}),
+    "id column": ("--id-column", {"id_column": NO_TEXT}),
+    "sampling column": ("--sampling-column", {"sampling_column": NO_TEXT}),
+    "column to keep": ("--keep-columns", {"keep": (("a", "b"), (NO_TEXT, "x"))}),
+    "its new name": ("--keep-columns", {"keep": (("a", "b"), ("x", NO_TEXT))}),
+}
+
+
+@pytest.mark.parametrize(("option", "options"), NOT_UTF_8.values(), ids=NOT_UTF_8)
+def test_bytes_that_are_no_text_are_refused_before_a_row_is_read(
+    option: str, options: dict[str, Any]
+) -> None:
+    """Columns and templates once made each row an error, and paths were a traceback."""
+    made = job()
+    changes = dict(options)
+    if "engine" in changes:
+        changes["engine"] = dataclasses.replace(made.engine, **changes["engine"])
+    with pytest.raises(RequestError, match=rf"^{option} holds \\udcff"):
+        dataclasses.replace(made, **changes)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -69,15 +69,22 @@ class JobConfig:
     def __post_init__(self) -> None:
         """Raises ConfigError naming the option, its value and what is accepted, and RequestError
         for one that is no text."""
-        # Workers are told of them in JSON; the output's path is where its job keeps `tuning`.
-        for option, path in (
+        # Workers are told of paths in JSON, and the output's is where its job keeps `tuning`. A
+        # column or template that is no text would make every row an error.
+        for option, text in (
             ("MODEL", self.engine.model),
             ("--tokenizer", self.engine.tokenizer),
             ("--tuning", self.engine.tuning),
             ("--trace", self.engine.trace),
             ("--output", self.output),
+            ("--template", self.template),
+            ("--prompt-column", self.prompt_column),
+            ("--messages-column", self.messages_column),
+            ("--id-column", self.id_column),
+            ("--sampling-column", self.sampling_column),
+            *(("--keep-columns", name) for pair in self.keep for name in pair),
         ):
-            check_text(option, path or "")
+            check_text(option, text or "")
         sources = {
             "--template": self.template,
             "--prompt-column": self.prompt_column,
@@ -105,7 +112,6 @@ class JobConfig:
             raise ConfigError(f"--part-rows is {self.part_rows}; give 1 or more")
         taken = set(COLUMNS)
         for old, new in self.keep:
-            check_text("--keep-columns", new)
             if not old or not new:
                 raise ConfigError(f"--keep-columns has {old!r}={new!r}; give NAME or NAME=NEW")
             if new in taken:
