@@ -117,17 +117,18 @@ def brief(value: object) -> str:
 
 
 def check_text(name: str, text: str) -> None:
-    """Raises RequestError for half a surrogate pair: JSON can spell one ("\\ud800"), but it is no
-    text, and no tokenizer takes it."""
+    """Raises RequestError for half a surrogate pair: JSON can spell one ("\\ud800"), and Python has
+    bytes of the command line so that are not UTF-8, but it is no text, and no tokenizer takes it.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         shown = f"\\u{code:04x}"
-        if 0xDC80 <= code <= 0xDCFF:  # PEP 383
+        if 0xDC80 <= code <= 0xDCFF:  # PEP 383; many emoji end with one of them too
             raise RequestError(
-                f"{name} holds {shown}, which is how Python has the byte 0x{code - 0xDC00:02x} "
-                "where it is not UTF-8; give UTF-8 text"
+                f"{name} holds half of a surrogate pair ({shown}), on a command line the byte "
+                f"0x{code - 0xDC00:02x} that is not UTF-8; give whole characters, in UTF-8"
             ) from error
         raise RequestError(
             f"{name} holds half of a surrogate pair ({shown}); take it out"

@@ -250,9 +250,9 @@ BAD_USAGE = {
     "empty prompt": (["x", ""], "prompt 2 is empty"),
     "bytes as prompt": (
         ["x", os.fsdecode(b"a\xff")],
-        "prompt 2 holds \\udcff, which is how Python",
+        "prompt 2 holds half of a surrogate pair (\\udcff), on a command line the byte 0xff",
     ),
-    "bytes as stop": (["x", "--stop", os.fsdecode(b"\xfe")], "the byte 0xfe where it is not UTF-8"),
+    "bytes as stop": (["x", "--stop", os.fsdecode(b"\xfe")], "the byte 0xfe that is not UTF-8"),
     "missing input": (["--input", "/none/in.txt"], "/none/in.txt: No such file or directory"),
     "directory as input": (["--input", "/"], "/: Is a directory"),
     "long output name": (["x", "--output", "n" * 300], "File name too long; give another name"),

@@ -185,11 +185,11 @@ JOB_PROBLEMS: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
     ),
     "bytes as a column": (
         lambda p: [made(p / "in.jsonl", ROW), "--keep-columns", os.fsdecode(b"\xff")],
-        "--keep-columns holds \\udcff, which is how Python has the byte 0xff",
+        "--keep-columns holds half of a surrogate pair (\\udcff), on a command line the byte 0xff",
     ),
     "bytes as output": (
         lambda p: [made(p / "in.jsonl", ROW), f"--output={p}/" + os.fsdecode(b"\xff.jsonl")],
-        "--output holds \\udcff, which is how Python has the byte 0xff",
+        "--output holds half of a surrogate pair (\\udcff), on a command line the byte 0xff",
     ),
     "output dash": (
         lambda p: [made(p / "in.jsonl", ROW), "--output=-"],

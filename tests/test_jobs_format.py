@@ -282,7 +282,7 @@ def test_bytes_that_are_no_text_are_refused_before_a_row_is_read(
     changes = dict(options)
     if "engine" in changes:
         changes["engine"] = dataclasses.replace(made.engine, **changes["engine"])
-    with pytest.raises(RequestError, match=rf"^{option} holds \\udcff"):
+    with pytest.raises(RequestError, match=rf"^{option} holds .*\\udcff"):
         dataclasses.replace(made, **changes)
 
 

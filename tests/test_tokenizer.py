@@ -24,7 +24,14 @@ from tokenizers import decoders, models, normalizers
 from graphengine.config import MAX_STOP_IDS
 from graphengine.errors import ModelError, RequestError
 from graphengine.intake import Feeder, Intake
-from graphengine.request import FinishReason, Request, RequestOutput, SamplingParams, Sequence
+from graphengine.request import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    Sequence,
+    check_text,
+)
 from graphengine.tokenizer import StopStrings, Tokenizer
 
 ALPHABET = "abcd .\né€𝄞"
@@ -110,6 +117,25 @@ def test_half_a_surrogate_pair_is_refused(tokenizer: Tokenizer) -> None:
         tokenizer.encode("ab\ud800")
     with pytest.raises(RequestError, match="surrogate"):
         tokenizer.encode_chat([{"role": "user", "content": "\udc00"}])
+
+
+@pytest.mark.parametrize(
+    ("code", "byte"), [(0xDC7F, None), (0xDC80, "0x80"), (0xDCFF, "0xff"), (0xDD00, None)]
+)
+def test_half_that_may_be_a_byte_of_the_command_line_is_told_as_both(
+    code: int, byte: str | None
+) -> None:
+    """Once as the byte alone, also in a file, where it is half of an emoji."""
+    with pytest.raises(RequestError) as caught:
+        check_text("prompt", f"a{chr(code)}")
+    shown = f"prompt holds half of a surrogate pair (\\u{code:04x})"
+    rest = "; take it out"
+    if byte is not None:
+        rest = (
+            f", on a command line the byte {byte} that is not UTF-8; give whole characters, "
+            "in UTF-8"
+        )
+    assert str(caught.value) == shown + rest
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "{}", '{"version": "1.0"}', "[]"])
