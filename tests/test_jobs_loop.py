@@ -120,11 +120,12 @@ def test_column_that_no_row_has_is_told_once_at_the_end(tmp_path: Path) -> None:
     """A slip in its name once gave nulls, or the job's own sampling, without a word."""
     rows = [{"prompt": "a", "rare": 1}, b"{broken", {"prompt": "b"}]
     source = write_jsonl(tmp_path / "in.jsonl", rows)
-    keep = (("rare", "rare"), ("nope", "n"))
+    keep = (("rare", "rare"), ("nope", "n"), ("heat", "heat"))
     options: dict[str, Any] = {"keep": keep, "sampling_column": "heat"}
     for expected in (
         [
             "warning: --keep-columns 'nope': no row of this run has that column",
+            "warning: --keep-columns 'heat': no row of this run has that column",
             "warning: --sampling-column 'heat': no row of this run has that column",
         ],
         [],  # all is finished: it looks at no row
@@ -133,6 +134,20 @@ def test_column_that_no_row_has_is_told_once_at_the_end(tmp_path: Path) -> None:
         run(source, tmp_path / "out.jsonl", said=said, **options)
         assert [line for line in said if line.startswith("warning")] == expected
     assert [row["rare"] for row in by_index(tmp_path / "out.jsonl").values()].count(1) == 1
+
+
+def test_column_that_rows_of_an_earlier_run_had_is_no_slip(tmp_path: Path) -> None:
+    """Both a retry and a job that goes on look at some rows only."""
+    rows = [{"prompt": "a", "rare": 1}, {"prompt": "b", "rare": 2}, {"prompt": "refuse"}]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    out = tmp_path / "out.jsonl"
+    run(source, out, keep=(("rare", "rare"),), order="input")
+    said = Said()
+    run(source, out, said=said, keep=(("rare", "rare"),), order="input", retry_errors=True)
+    out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:2]))
+    run(source, out, said=said, keep=(("rare", "rare"),), order="input")
+    assert len(read(out)) == 3
+    assert "warning" not in said.text
 
 
 def test_input_with_bad_rows_only_starts_no_worker(tmp_path: Path) -> None:

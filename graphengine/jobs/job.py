@@ -178,8 +178,9 @@ class _Job:
                 retried.close()
             self._store.close()
             self._take_in_retried()
-        for line in self._format.unmet():
-            say(f"warning: {line}")
+        if not self._finished:  # else rows of an earlier run may have had what none had in this one
+            for line in self._format.unmet():
+                say(f"warning: {line}")
         return Outcome(self._output, final, signals.signum, loop.error)
 
     def _wants(self, index: int) -> bool:

@@ -31,11 +31,11 @@ class RowFormat:
         self._kept_types = kept_types
         self._template = RowTemplate(config.template) if config.template is not None else None
         self._id_key = config.id_column or "id"
-        # Columns that a row may lack without an error, and the options that name them: those that
-        # no row has had yet.
-        self._unseen = dict.fromkeys((old for old, _ in config.keep), "--keep-columns")
+        # Options, and columns of theirs that a row may lack without an error: those that no row has
+        # had yet.
+        self._unseen = [("--keep-columns", old) for old, _ in config.keep]
         if config.sampling_column is not None:
-            self._unseen[config.sampling_column] = "--sampling-column"
+            self._unseen.append(("--sampling-column", config.sampling_column))
         self._has_prepared = False
 
     def columns(self) -> frozenset[str] | None:
@@ -53,8 +53,8 @@ class RowFormat:
             task.error = row.error
             return task
         self._has_prepared = True
-        for name in self._unseen.keys() & data.keys():
-            del self._unseen[name]
+        if self._unseen:
+            self._unseen = [(option, name) for option, name in self._unseen if name not in data]
         try:
             task.extra = {new: self._kept(old, data.get(old)) for old, new in self._config.keep}
             if self._config.id_column is not None and data.get(self._id_key) is None:
@@ -78,7 +78,7 @@ class RowFormat:
             return []
         return [
             f"{option} {name!r}: no row of this run has that column"
-            for name, option in self._unseen.items()
+            for option, name in dict.fromkeys(self._unseen)
         ]
 
     def record(self, task: Task, result: Result) -> dict[str, Any]:
