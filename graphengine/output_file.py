@@ -183,9 +183,12 @@ def write_in_order(outputs: Iterable[RequestOutput], writer: Writer) -> None:
 
 def check_output_path(output: str, input_path: str | None, *, option: str = "--output") -> None:
     """Raises ConfigError, which names the option, if a file of that name cannot be written, before
-    a model is loaded. Leaves a file that is there as it is."""
+    a model is loaded. Leaves a file that is there as it is. Standard output is for --output alone.
+    """
     if output == STDOUT:
-        return
+        if option == "--output":
+            return
+        raise ConfigError(f"{option} is -; give a file")
     path = Path(output)
     try:
         path.stat()  # what it says of a name too long, the rest would raise

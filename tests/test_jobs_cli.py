@@ -211,6 +211,14 @@ JOB_PROBLEMS: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
         lambda p: [made(p / "in.jsonl", ROW), f"--summary={p}/none/x.json"],
         "--summary {p}/none/x.json: no directory {p}/none; make it first",
     ),
+    "summary dash": (
+        lambda p: [made(p / "in.jsonl", ROW), "--summary=-"],
+        "--summary is -; give a file",
+    ),
+    "trace dash": (
+        lambda p: [made(p / "in.jsonl", ROW), "--trace=-"],
+        "--trace is -; give a file",
+    ),
     "trace nowhere": (
         lambda p: [made(p / "in.jsonl", ROW), f"--trace={p}/none/x.json"],
         "--trace {p}/none/x.json: no directory {p}/none; make it first",
