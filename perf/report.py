@@ -40,7 +40,7 @@ def build_report(paths: list[Path], output: Path, png_dir: Path | None = None) -
     if find_spec("matplotlib") is None:
         raise ConfigError(
             "perf report draws with matplotlib, which is not installed; "
-            "pip install 'graphengine[report]'"
+            'in the clone: pip install -e ".[report]"'
         )
     # Imported once needed: the command line must start without it.
     from perf.drawing import chart_png

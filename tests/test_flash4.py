@@ -43,7 +43,7 @@ from graphengine.tuning_file import Choices
 
 CUDA = torch.device("cuda")
 CHOOSE = 'choose attention "flash"'
-INSTALL = rf'pip install "graphengine\[flash4\]", or {CHOOSE}'
+INSTALL = rf'pip install -e "\.\[flash4\]", or {CHOOSE}'
 REFERENCE = ReferenceAttention()
 needs_compiler = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("cc") is None, reason="links for Linux, by a C compiler"

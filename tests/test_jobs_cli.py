@@ -318,7 +318,9 @@ def test_missing_package_is_one_line_that_names_the_extra(
             result = run(source, "--output", tmp_path / output, "--prompt-column=q")
         assert result.exit_code == 2, module
         last = result.stderr.splitlines()[-1]
-        wanted = f"error: {module} is not installed; pip install 'graphengine[jobs]' brings it"
+        wanted = (
+            f'error: {module} is not installed; in the clone, pip install -e ".[jobs]" brings it'
+        )
         assert last == wanted
 
 

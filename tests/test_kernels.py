@@ -315,7 +315,8 @@ def test_cuda_without_what_its_kernels_need_is_an_error(
     for name in ("fused", "fused_sampling", "decode_chain", "nvrtc"):
         monkeypatch.delitem(sys.modules, f"graphengine.kernels.{name}", raising=False)
         monkeypatch.delattr(kernels, name, raising=False)
-    message = rf"Triton or cuda-bindings cannot be imported \(.*{missing}.*\); .*pip install"
+    message = rf"Triton or cuda-bindings cannot be imported \(.*{missing}.*\); .*"
+    message += r'pip install --no-build-isolation -e "\.\[cuda\]"'
     with pytest.raises(BackendError, match=message) as error:
         kernels_for(CUDA)
     assert "\n" not in str(error.value)

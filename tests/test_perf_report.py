@@ -549,5 +549,5 @@ def test_missing_matplotlib_is_one_clear_error(
 ) -> None:
     path = write(tmp_path / "run.json", EMPTY)
     monkeypatch.setattr("perf.report.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'graphengine\[report\]'"):
+    with pytest.raises(ConfigError, match=r'in the clone: pip install -e "\.\[report\]"'):
         build_report([path], tmp_path / "report.html")

@@ -58,7 +58,8 @@ class FlashAttention:
         except ImportError as error:
             raise BackendError(
                 f'attention "flash" needs flash-attn, which cannot be imported ({error}); install '
-                'it with: pip install "graphengine[cuda]", or choose attention "reference" (slow)'
+                'it, in the clone, with: pip install --no-build-isolation -e ".[cuda]", or choose '
+                'attention "reference" (slow)'
             ) from error
         # flash_attn_varlen_func is a torch custom operator, whose first call imports torch._dynamo:
         # seconds of every start. This is the function that it wraps.

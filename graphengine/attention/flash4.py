@@ -81,7 +81,7 @@ class FlashAttention4:
         except BackendError as error:
             raise BackendError(
                 f'attention "flash4": {error}; install it after flash-attn, whose folder it '
-                f'shares, with: pip install "graphengine[flash4]", or {instead}'
+                f'shares, in the clone, with: pip install -e ".[flash4]", or {instead}'
             ) from error
         self._flash = FlashAttention()
         self._or_flash = or_flash

@@ -17,5 +17,5 @@ def require(module: str, *, extra: str = "jobs") -> ModuleType:
         if error.name != package:
             raise  # it is there and lacks something itself
         raise ConfigError(
-            f"{package} is not installed; pip install 'graphengine[{extra}]' brings it"
+            f'{package} is not installed; in the clone, pip install -e ".[{extra}]" brings it'
         ) from error

@@ -104,6 +104,7 @@ def kernels_for(device: torch.device) -> Kernels:
     except ImportError as error:
         raise BackendError(
             f"device is {device} and Triton or cuda-bindings cannot be imported ({error}); "
-            'install both with pip install "graphengine[cuda]" or run with --device cpu'
+            'install both, in the clone, with: pip install --no-build-isolation -e ".[cuda]", or '
+            "run with --device cpu"
         ) from error
     return fused
