@@ -75,6 +75,18 @@ def test_block_longer_than_any_sequence_is_told_first() -> None:
         plan(EngineConfig(str(DEMO), device="cpu", block_size=10**9))
 
 
+@pytest.mark.parametrize(("block_size", "is_named"), [(16, False), (64, False), (65, True)])
+def test_block_size_is_named_only_where_a_block_is_longer_than_a_sequence(
+    block_size: int, *, is_named: bool
+) -> None:
+    options: dict[str, Any] = {"max_model_len": 64, "kv_cache_memory_bytes": 1}
+    with pytest.raises(CapacityError, match="holds 0; ") as caught:
+        plan(EngineConfig(str(DEMO), device="cpu", block_size=block_size, **options))
+    _, _, remedy = str(caught.value).partition("holds 0; ")
+    expected = "lower block_size or raise kv_cache_memory_bytes"
+    assert remedy == (expected if is_named else "raise kv_cache_memory_bytes")
+
+
 def test_too_little_memory_is_known_before_the_weights_are_read(tmp_path: Path) -> None:
     path = demo_copy(tmp_path / "model", max_position_embeddings=2**31 - 1)
     (path / "model.safetensors").unlink()

@@ -7,6 +7,7 @@ character, and one in the manner of Llama 2, where the first space of a text is 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -402,7 +403,9 @@ def test_text_parts_of_a_chat_are_joined(tokenizer: Tokenizer, pack: Callable[..
     """Once the template was given the list, and wrote it as Python would."""
     parts = pack({"type": "text", "text": text} for text in ("a", "b"))
     chats = [{"messages": [{"role": "user", "content": content}]} for content in ("ab", parts)]
+    given = copy.deepcopy(chats)
     plain, joined = take_in(make_intake(tokenizer), *chats)
+    assert chats == given, "they are the caller's"
     assert isinstance(plain, Sequence)
     assert isinstance(joined, Sequence)
     assert joined.prompt_token_ids == plain.prompt_token_ids
