@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import perf.compare
 import perf.run
 import perf.step_probe
 from cli import app
@@ -422,7 +423,8 @@ REFUSED = {
         "latency has 1 requests, 16 prompt and 64 output tokens in",
     ),
     "schema": (("schema",), 2, "has schema 2"),
-    "broken": (("environment",), [], "a broken result"),
+    "no object": (("environment",), [], "environment is [], expected an object; give a file"),
+    "broken": (("workloads",), [], "a broken result"),
     "not a number": (
         ("workloads", "latency", "async", "figures", "total_s", "samples"),
         [1.0, float("nan")],
@@ -456,6 +458,19 @@ def test_unlike_or_broken_results_are_refused(
     assert message in outcome.stderr
     assert outcome.stderr.count("\n") == 1
     assert outcome.stdout == ""
+
+
+def test_fault_of_our_own_is_not_told_as_one_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any KeyError was a missing entry."""
+
+    def faulty(contents: Json, where: str) -> Samples:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(perf.compare, "_samples", faulty)
+    with pytest.raises(KeyError, match="ours"):
+        load_side(write(tmp_path / "a", result()))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "not json", "[" * 100_000])
