@@ -25,7 +25,7 @@ from graphengine import LLM
 from graphengine.errors import ConfigError, GraphEngineError
 from perf.environment import environment, read_bandwidth
 from perf.kernel_accounts import KernelEvent, StepFloors, account
-from perf.result_file import result_path
+from perf.result_file import result_path, write_result
 from perf.run import make_llm
 from perf.shapes import SHAPES, write_shape
 from perf.step_probe import StepProbe
@@ -162,7 +162,7 @@ def run(shape: str, points: tuple[tuple[int, int], ...], output: Path | None) ->
             print(table(shape, found), file=sys.stderr, flush=True)
             print(json.dumps({"shape": shape, **found}), flush=True)
             if output:  # after each point: a run cut short keeps what it has
-                output.write_text(json.dumps(result, indent=1) + "\n")
+                write_result(result, output)
         llm.close()
 
 
