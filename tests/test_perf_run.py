@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from perf.host_loop import measure, without_model
 from perf.peers import PeerFailed
 from perf.run import trace_path
 from perf.step_probe import StepProbe
-from perf.workloads import WORKLOADS, largest_scale
+from perf.workloads import WORKLOADS, Lengths, Workload, largest_scale
 
 RUN = ["perf", "run", "--model", "demo", "--scale", "0.004", "--repeats", "1", "--workload"]
 
@@ -202,6 +203,23 @@ def test_lengths_that_the_model_does_not_take_are_refused_with_a_scale_that_fits
     both = [WORKLOADS["latency"], WORKLOADS["decode-0.6b"]]
     assert max(w.max_len(0.0098) for w in both) <= 64 < max(w.max_len(0.0099) for w in both)
     assert largest_scale([WORKLOADS["decode-0.6b"]], 24) is None
+
+
+def test_largest_scale_draws_each_workload_once() -> None:
+    """Drawing `mixed` for every scale that was tried took two seconds."""
+    draws: list[str] = []
+
+    def counted(workload: Workload) -> Workload:
+        def draw() -> Lengths:
+            draws.append(workload.name)
+            return workload.draw()
+
+        return replace(workload, draw=draw)
+
+    chosen = [WORKLOADS[name] for name in ("latency", "mixed-0.6b", "seed-8b")]
+    assert largest_scale([counted(workload) for workload in chosen], 64) == 0.0076
+    assert draws == [workload.name for workload in chosen]
+    assert [max(w.max_len(scale) for w in chosen) for scale in (0.0076, 0.0077)] == [64, 65]
 
 
 def test_random_weights_of_a_real_shape_are_refused_without_a_gpu(
