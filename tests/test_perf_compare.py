@@ -529,6 +529,17 @@ def test_summary_that_nobody_takes_is_no_verdict(tmp_path: Path, reader: str) ->
     assert "Traceback" not in done.stderr
 
 
+def test_table_that_nobody_takes_is_no_error(tmp_path: Path) -> None:
+    base = str(write(tmp_path / "a", result()))
+    command = [sys.executable, "-m", "cli", "perf", "compare", base, base]
+    with open("/dev/full", "wb", buffering=0) as full:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=full, text=True, check=False, timeout=60
+        )
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["slower"] == []
+
+
 def folder(path: Path, factors: Iterable[float]) -> Path:
     path.mkdir()
     for number, factor in enumerate(factors):
@@ -599,6 +610,7 @@ BAD_RUNS = {
     "nan": (["--scale=nan"], "--scale is nan"),
     "repeats": (["--repeats=0"], "--repeats is 0; give 1 or more"),
     "output": (["--output=/none/out.json"], "no directory /none"),
+    "trace": (["--trace=/none/t.json"], "error: --trace /none/t.json: no directory /none"),
     "standard output": (["--output=-"], "--output is -, where the summary goes"),
 }
 

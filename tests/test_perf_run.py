@@ -22,6 +22,7 @@ import perf.peers
 import perf.run
 from captures import CaptureReport
 from graphengine import LLM
+from graphengine.errors import ConfigError
 from graphengine.model_runner import Launched
 from graphengine.scheduler import DecodeBatch
 from graphengine.sequence_table import SequenceTable
@@ -203,6 +204,31 @@ def test_lengths_that_the_model_does_not_take_are_refused_with_a_scale_that_fits
     both = [WORKLOADS["latency"], WORKLOADS["decode-0.6b"]]
     assert max(w.max_len(0.0098) for w in both) <= 64 < max(w.max_len(0.0099) for w in both)
     assert largest_scale([WORKLOADS["decode-0.6b"]], 24) is None
+
+
+def test_start_up_has_no_lengths_to_refuse() -> None:
+    """Its processes take a model of any length."""
+    check = perf.run._check_lengths
+    check(64, [WORKLOADS["startup"]], 1.0)
+    check(64, [WORKLOADS["startup"], WORKLOADS["latency"]], 0.05)
+    with pytest.raises(ConfigError, match="has 160 tokens, the model takes 64"):
+        check(64, [WORKLOADS["startup"], WORKLOADS["latency"]], 1.0)
+
+
+def test_workloads_of_one_model_share_an_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There was one for each shape that they would else have."""
+    make_llm = perf.run.make_llm
+    made: list[list[str]] = []
+
+    def counted(path: str, max_len: int, workloads: list[Workload], *more: Any) -> LLM:
+        made.append([workload.name for workload in workloads])
+        return make_llm(path, max_len, workloads, *more)
+
+    monkeypatch.setattr(perf.run, "make_llm", counted)
+    assert invoke(tmp_path / "result.json", "--workload", "seed-8b") == 0
+    assert made == [["latency", "seed-8b"]]
 
 
 def test_largest_scale_draws_each_workload_once() -> None:
