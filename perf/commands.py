@@ -19,7 +19,7 @@ from graphengine.config import EngineConfig
 from graphengine.errors import ConfigError
 from graphengine.exit_codes import errors_as_exit_codes, say
 from graphengine.options import Attention, environment_defaults
-from graphengine.output_file import STDOUT, check_output_path, print_line
+from graphengine.output_file import check_output_path, print_line
 from perf.compare import Comparison, Key, compare, load_side
 from perf.result_file import check_result_path, write_result
 from perf.workloads import WORKLOADS
@@ -90,8 +90,6 @@ def run_command(
             raise ConfigError(f"--scale is {scale}; give a number above 0")
         if repeats < 1:
             raise ConfigError(f"--repeats is {repeats}; give 1 or more")
-        if output == STDOUT:
-            raise ConfigError("--output is -, where the summary goes; give a file")
         # Hours may pass before it is written.
         check_result_path(output)
         if trace is not None:

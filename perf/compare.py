@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Any
 
 from graphengine.errors import InputError
+from perf.recorded import SCHEMA, Unexpected, entry
 
-SCHEMA = 1  # perf/run.py's; not imported from there, for torch comes with it
 LEAST_SAMPLES = 3
 _SPREAD_SAMPLES = 7
 # Times and rates of work gate. Other units say why (shares of a bound, of busy time, TFLOP/s of the
@@ -255,48 +255,51 @@ def _load(path: Path) -> Side:
         )
     try:
         return _side(str(path), result)
-    except KeyError as error:
-        raise InputError(
-            f"{path}: {error.args[0]} is missing; give a file that perf run wrote"
-        ) from error
+    except Unexpected as error:
+        raise InputError(f"{path}: {error}; give a file that perf run wrote") from error
     except (TypeError, AttributeError, ValueError) as error:
         what = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: a broken result of `perf run` ({what})") from error
 
 
 def _side(name: str, result: Json) -> Side:
-    environment, config = result["environment"], result["config"]
-    is_cpu = environment["device"] == "cpu"
-    cpu = {"cpu": environment["cpu"], "number of CPUs": environment["num_cpus"]}
-    gpu = environment["gpu"]
+    environment, config = entry(result, "environment"), entry(result, "config")
+
+    def of_machine(name: str) -> Any:
+        return entry(environment, name, "environment")
+
+    is_cpu = of_machine("device") == "cpu"
+    cpu = {"cpu": of_machine("cpu"), "number of CPUs": of_machine("num_cpus")}
+    gpu = of_machine("gpu")
     figures: dict[Key, Samples] = {}
     lengths = {}
     for workload, mode, measured in _measured(result):
-        for figure, contents in measured["figures"].items():
-            figures[workload, mode, figure] = _samples(contents)
-        detail = measured["detail"]
+        where = f"workloads.{workload}.{mode}"
+        for figure, contents in entry(measured, "figures", where).items():
+            at = f"{where}.figures.{figure}"
+            figures[workload, mode, figure] = _samples(contents, at)
+        detail = entry(measured, "detail", where)
         if "num_requests" in detail:
-            lengths[workload, mode] = (
-                detail["num_requests"],
-                detail["prompt_tokens"],
-                detail["output_tokens"],
+            lengths[workload, mode] = tuple(
+                entry(detail, name, f"{where}.detail")
+                for name in ("num_requests", "prompt_tokens", "output_tokens")
             )
     return Side(
         name,
         must_match={
-            "device": environment["device"],
+            "device": of_machine("device"),
             **(cpu if is_cpu else {}),
-            "model": config["model"],
-            "scale": config["scale"],
-            "modes": sorted(config["modes"]),
+            "model": entry(config, "model", "config"),
+            "scale": entry(config, "scale", "config"),
+            "modes": sorted(entry(config, "modes", "config")),
         },
         may_change={
-            "commit": environment["commit"],
-            "uncommitted changes": environment["is_dirty"],
-            "python": environment["python"],
-            "platform": environment["platform"],
-            "cuda": environment["cuda"],
-            **environment["packages"],
+            "commit": of_machine("commit"),
+            "uncommitted changes": of_machine("is_dirty"),
+            "python": of_machine("python"),
+            "platform": of_machine("platform"),
+            "cuda": of_machine("cuda"),
+            **of_machine("packages"),
             **({} if is_cpu else cpu),
             "driver": gpu.get("driver_version"),
             "highest clock": gpu.get("clocks.max.sm"),
@@ -308,15 +311,16 @@ def _side(name: str, result: Json) -> Side:
 
 
 def _measured(result: Json) -> Iterator[tuple[str, str, Json]]:
-    for workload, modes in result["workloads"].items():
+    for workload, modes in entry(result, "workloads").items():
         for mode, measured in modes.items():
             yield workload, mode, measured
 
 
-def _samples(contents: Json) -> Samples:
-    values = tuple(float(value) for value in contents["samples"])
+def _samples(contents: Json, where: str) -> Samples:
+    samples, better, unit = (entry(contents, name, where) for name in ("samples", "better", "unit"))
+    values = tuple(float(value) for value in samples)
     if not values or not all(0.0 <= value < math.inf for value in values):
-        raise ValueError(f"samples are {contents['samples']}")
-    if contents["better"] not in ("lower", "higher"):
-        raise ValueError(f"better is {contents['better']!r}")
-    return Samples(str(contents["unit"]), contents["better"], values)
+        raise ValueError(f"samples are {samples}")
+    if better not in ("lower", "higher"):
+        raise ValueError(f"better is {better!r}")
+    return Samples(str(unit), better, values)

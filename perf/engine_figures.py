@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from perf.result_file import result_path
+from perf.result_file import result_path, write_result
 from perf.shapes import SHAPES, write_shape
 
 Figures = dict[str, Any]
@@ -223,7 +223,7 @@ def main() -> None:
             results["parts"][part]["part_s"] = round(time.perf_counter() - start, 1)
             print(json.dumps({part: results["parts"][part]}), flush=True)
             if args.output:  # after each part: a run cut short keeps what it has
-                args.output.write_text(json.dumps(results, indent=1) + "\n")
+                write_result(results, args.output)
 
 
 if __name__ == "__main__":

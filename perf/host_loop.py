@@ -19,6 +19,7 @@ import pstats
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,13 @@ from graphengine import LLM, Request, SamplingParams
 from graphengine.metrics import Lap, Laps
 from perf.run import SHADOW, MemorySampler, shadow_ms
 from perf.shapes import SHAPES, write_shape
-from perf.workloads import Lengths, mixed, token_ids
+from perf.workloads import Lengths, mixed, shortened, token_ids
 
 ROWS = 256
-LOADS: dict[str, Lengths] = {
-    "steady": [(256, 512)] * ROWS,
-    "mixed": mixed(256)(1.0),
-    "changing": mixed(1024)(0.5),
+LOADS: dict[str, Callable[[], Lengths]] = {
+    "steady": lambda: [(256, 512)] * ROWS,
+    "mixed": mixed(256),
+    "changing": lambda: shortened(mixed(1024)(), 0.5),
 }
 
 
@@ -111,7 +112,7 @@ def main() -> None:
             without_model(llm)
         for load in args.load or LOADS:
             runs = [
-                measure(llm, LOADS[load], sample_memory=args.sample_memory)
+                measure(llm, LOADS[load](), sample_memory=args.sample_memory)
                 for _ in range(args.repeats)
             ]
             best = min(runs, key=lambda run: float(run["host_ms_per_decode_step"]))
@@ -119,7 +120,7 @@ def main() -> None:
             print(json.dumps({"load": load, "device": where, "shape": shape, **best}), flush=True)
             if args.profile:
                 profile = cProfile.Profile()
-                profile.runcall(measure, llm, LOADS[load], sample_memory=False)
+                profile.runcall(measure, llm, LOADS[load](), sample_memory=False)
                 pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(40)
         llm.close()
 

@@ -23,7 +23,7 @@ from graphengine.config import EngineConfig
 from graphengine.intake import derived_seed
 from graphengine.request import Request, SamplingParams
 from perf.figures import figure
-from perf.result_file import result_path
+from perf.result_file import result_path, write_result
 from perf.shapes import SHAPES, write_shape
 
 _DEMO = "demo"
@@ -71,9 +71,8 @@ def main() -> None:
         "job_over_generate_best": round(best, 4),
         "figures": figures,
     }
-    full = {**result, "environment": environment()}
-    options.output.write_text(json.dumps(full, indent=1) + "\n", "utf-8")
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
+    write_result({**result, "environment": environment()}, options.output)
 
 
 def _write_rows(path: Path, options: argparse.Namespace) -> None:

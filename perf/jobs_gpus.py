@@ -26,7 +26,7 @@ from typing import Any
 
 from graphengine.jobs.workers import VISIBLE, visible_gpus
 from perf.jobs_kill import children, is_worker
-from perf.result_file import result_path
+from perf.result_file import result_path, write_result
 from perf.shapes import SHAPES, write_shape
 
 _DEMO = "demo"
@@ -254,8 +254,8 @@ def main() -> None:
         "figures": _compared(runs[0], runs[len(counts) - 1]),
     }
     everything = {**result, "runs": runs, "environment": environment()}
-    options.output.write_text(json.dumps(everything, indent=1) + "\n", "utf-8")
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
+    write_result(everything, options.output)
 
 
 if __name__ == "__main__":

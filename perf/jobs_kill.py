@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from perf.result_file import result_path
+from perf.result_file import result_path, write_result
 
 NUM_ROWS = 2000
 _OPTIONS = ("--device=cpu", "--temperature=1.5", "--max-tokens=12", "--seed=7", "--token-ids")
@@ -246,7 +246,7 @@ def main() -> None:
         "jobs": jobs,
     }
     print(json.dumps({key: value for key, value in result.items() if key != "jobs"}), flush=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    write_result(result, options.output)
 
 
 def _undisturbed(source: Path, folder: Path) -> dict[bool, list[bytes]]:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from perf.result_file import result_path
+from perf.result_file import result_path, write_result
 
 _SIZES = (10_000, 1_000_000)
 _FORMS = {"jsonl": "out.jsonl", "parquet": "out"}
@@ -50,10 +50,10 @@ def main() -> None:
         for form, pair in runs.items()
     }
     result = {"rows": list(options.rows), "engine": "perf.stub_engine", "figures": figures}
-    options.output.write_text(json.dumps({**result, "runs": runs}, indent=1) + "\n", "utf-8")
+    print(json.dumps(result), flush=True)
+    write_result({**result, "runs": runs}, options.output)
     if options.chart is not None:
         _draw(runs, options.chart)
-    print(json.dumps(result))
 
 
 def _measure(num_rows: int, folder: Path, output: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from graphengine.errors import ConfigError, GraphEngineError
+from graphengine.jobs.workers import describe_exit
 from perf.figures import merge
 from perf.workloads import Lengths, token_ids
 
@@ -31,6 +33,19 @@ PEERS = {"transformers": "transformers", "transformers-sync": "transformers", "v
 _BLOCK_TOKENS = 256
 _WARMUP_TOKENS = 32
 _MAX_ERROR_CHARS = 300
+_LOG_END_CHARS = 2000
+# The line that ends a traceback, maybe after the name of the process or rank that wrote it. vLLM's
+# own last one says that the cause is above; it is not the cause.
+_EXCEPTION = re.compile(r"(?:\([^)]*\) |\[[^]]*\]: ?)*([\w.]+(?:Error|Exception)(?:: .*|:?$))")
+_NO_CAUSE = "See root cause above"
+
+
+class PeerFailed(GraphEngineError):
+    """log_end: the last of what its processes wrote."""
+
+    def __init__(self, message: str, log_end: str) -> None:
+        super().__init__(message)
+        self.log_end = log_end
 
 
 def check_peers(peers: Sequence[str]) -> None:
@@ -49,7 +64,8 @@ def measure_peer(
     peer: str, model_path: Path, workloads: dict[str, Lengths], vocab_size: int, *, repeats: int
 ) -> dict[str, Json]:
     """Figures of each workload, in the result file's form. One process serves all workloads, so
-    that one start pays for all. Raises GraphEngineError with the process's last line."""
+    that one start pays for all. Raises PeerFailed: how the process ended, and its last
+    exception or line."""
     job = {
         "peer": peer,
         "model": str(model_path),
@@ -78,11 +94,11 @@ def measure_peer(
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if process.returncode or not answer.is_file():
-            # The last of a traceback says what it was.
-            lines = log.read_text("utf-8", "replace").splitlines()
-            last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-            words = last[:_MAX_ERROR_CHARS] or f"exit code {process.returncode}"
-            raise GraphEngineError(f"peer {peer} failed: {words}")
+            text = log.read_text("utf-8", "replace")
+            message = f"peer {peer} failed ({describe_exit(process.returncode)})"
+            if cause := last_error(text):
+                message += f": {cause[:_MAX_ERROR_CHARS]}"
+            raise PeerFailed(message, text[-_LOG_END_CHARS:])
         seconds: Json = json.loads(answer.read_text())
     found = {}
     for name, lengths in workloads.items():
@@ -97,6 +113,16 @@ def measure_peer(
         ]
         found[name] = {"figures": merge(repeats_found), "detail": {"version": seconds["version"]}}
     return found
+
+
+def last_error(log: str) -> str:
+    """The last exception of a log that tells a cause, else its last line, "" if there is none."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    for line in reversed(lines):
+        found = _EXCEPTION.fullmatch(line)
+        if found and _NO_CAUSE not in line:
+            return found[1]
+    return lines[-1] if lines else ""
 
 
 def _child(job_file: Path, answer_file: Path) -> None:

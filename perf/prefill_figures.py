@@ -26,7 +26,7 @@ from graphengine.attention.reference import ReferenceAttention
 from graphengine.errors import GraphEngineError
 from perf.prefill_inputs import attention_flops, attention_inputs, time_us
 from perf.prefill_layers import chunk, row_kernels
-from perf.result_file import result_path
+from perf.result_file import result_path, write_result
 
 Figures = dict[str, Any]
 BACKENDS = ("flash", "flash4")
@@ -198,7 +198,7 @@ def main() -> None:
         lines.append(line)
         print(json.dumps(line), flush=True)
         if arguments.output is not None:
-            arguments.output.write_text(json.dumps(lines, indent=1))
+            write_result(lines, arguments.output)
 
     say({"card": torch.cuda.get_device_name(), "torch": torch.__version__})
     backends = make_backends(say)

@@ -121,30 +121,39 @@ def read_result(path: Path) -> Result:
         ) from error
     try:
         return _result(path.stem, raw)
-    except _Unexpected as error:
+    except Unexpected as error:
         raise InputError(f"{clean(path)!r}: {error}; give a file that perf run wrote") from error
 
 
-class _Unexpected(Exception):
+class Unexpected(Exception):
+    """An entry of a file is not what `perf run` writes. What it says lacks the file's name."""
+
     def __init__(self, where: str, value: object, expected: str) -> None:
         super().__init__(f"{clean(where)} is {clean(repr(value))[:60]}, expected {expected}")
 
 
-class _Missing(_Unexpected):
+class _Missing(Unexpected):
     def __init__(self, where: str) -> None:
-        Exception.__init__(self, f"{where} is missing")
+        Exception.__init__(self, f"{clean(where)} is missing")
+
+
+def entry(contents: object, name: str, where: str = "") -> Any:
+    """The entry `name` of the object at `where`, the file itself if "". Raises Unexpected."""
+    found = _dict(contents, where or "the file")
+    if name not in found:
+        raise _Missing(f"{where}.{name}" if where else name)
+    return found[name]
 
 
 def _result(name: str, raw: object) -> Result:
     top = _dict(raw, "the file")
     if top.get("schema") != SCHEMA:
-        raise _Unexpected("schema", top.get("schema"), str(SCHEMA))
-    # What every run writes, and `perf compare` needs.
-    for part in ("environment", "config", "workloads"):
-        if part not in top:
-            raise _Missing(part)
-    environment = _dict(top["environment"], "environment")
-    workloads = _map(top["workloads"], "workloads", lambda modes, at: _map(modes, at, _measured))
+        raise Unexpected("schema", top.get("schema"), str(SCHEMA))
+    environment = _dict(entry(top, "environment"), "environment")
+    config = _dict(entry(top, "config"), "config")
+    workloads = _map(
+        entry(top, "workloads"), "workloads", lambda modes, at: _map(modes, at, _measured)
+    )
     bandwidth = top.get("read_bandwidth_bytes_per_s")
     return Result(
         name=clean(name),
@@ -154,7 +163,7 @@ def _result(name: str, raw: object) -> Result:
         is_dirty=bool(environment.get("is_dirty")),
         read_bandwidth_bytes_per_s=None if bandwidth is None else _number(bandwidth, "bandwidth"),
         environment=environment,
-        config=_dict(top["config"], "config"),
+        config=config,
         workloads={name: modes for name, modes in workloads.items() if modes},
         peers=_map(top.get("peers", {}), "peers", lambda loads, at: _map(loads, at, _peer_figures)),
     )
@@ -173,7 +182,7 @@ def _measured(raw: object, where: str) -> Measured:
         for name in ("num_decode_steps", "num_prefill_steps")
     ]
     return Measured(
-        figures=_map(both.get("figures"), f"{where}.figures", _recorded),
+        figures=_map(entry(both, "figures", where), f"{where}.figures", _recorded),
         num_steps=int(sum(steps)),
         host_ms=_map(detail.get("host_ms", {}), f"{at}.host_ms", _number),
         idle_host_ms=_map(detail.get("idle_host_ms", {}), f"{at}.idle_host_ms", _number),
@@ -192,9 +201,9 @@ def _recorded(raw: object, where: str) -> Recorded:
     return Recorded(
         unit=clean(one.get("unit", "")),
         better=clean(one.get("better", "")),
-        median=_number(one.get("median"), f"{where}.median"),
-        low=_number(one.get("low"), f"{where}.low"),
-        high=_number(one.get("high"), f"{where}.high"),
+        median=_number_of(one, "median", where),
+        low=_number_of(one, "low", where),
+        high=_number_of(one, "high", where),
         num_samples=len(samples),
     )
 
@@ -204,25 +213,23 @@ def _span(raw: object, where: str) -> Span:
     return Span(
         clean(one.get("row", "")),
         clean(one.get("name", "")),
-        _number(one.get("start_ms"), f"{where}.start_ms"),
-        _number(one.get("ms"), f"{where}.ms"),
+        _number_of(one, "start_ms", where),
+        _number_of(one, "ms", where),
     )
 
 
 def _gap(raw: object, where: str) -> LongGap:
     one = _dict(raw, where)
     return LongGap(
-        _number(one.get("at_s"), f"{where}.at_s"),
-        _number(one.get("ms"), f"{where}.ms"),
+        _number_of(one, "at_s", where),
+        _number_of(one, "ms", where),
         _map(one.get("host_ms", {}), f"{where}.host_ms", _number),
     )
 
 
 def _memory(raw: object, where: str) -> tuple[float, float]:
     one = _dict(raw, where)
-    return _number(one.get("at_s"), f"{where}.at_s"), _number(
-        one.get("used_bytes"), f"{where}.used_bytes"
-    )
+    return _number_of(one, "at_s", where), _number_of(one, "used_bytes", where)
 
 
 def _startup(raw: object, where: str) -> dict[str, float]:
@@ -235,7 +242,7 @@ def _startup(raw: object, where: str) -> dict[str, float]:
 
 def _dict(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise _Unexpected(where, value, "an object")
+        raise Unexpected(where, value, "an object")
     return value
 
 
@@ -247,8 +254,12 @@ def _map(value: object, where: str, of: Callable[[object, str], _T]) -> dict[str
 
 def _list(value: object, where: str, of: Callable[[object, str], _T]) -> list[_T]:
     if not isinstance(value, list):
-        raise _Unexpected(where, value, "a list")
+        raise Unexpected(where, value, "a list")
     return [of(one, f"{where}[{i}]") for i, one in enumerate(value)]
+
+
+def _number_of(contents: object, name: str, where: str) -> float:
+    return _number(entry(contents, name, where), f"{where}.{name}")
 
 
 def _number(value: object, where: str) -> float:
@@ -257,4 +268,4 @@ def _number(value: object, where: str) -> float:
             return float(value)
     except OverflowError:
         pass
-    raise _Unexpected(where, value, "a finite number")
+    raise Unexpected(where, value, "a finite number")

@@ -22,7 +22,7 @@ from graphengine.output_file import one_line
 from perf.energy import energy_counter
 from perf.environment import environment, gpu_state, read_bandwidth
 from perf.figures import merge
-from perf.peers import check_peers, measure_peer
+from perf.peers import PeerFailed, check_peers, measure_peer
 from perf.shapes import SHAPES, write_shape
 from perf.startup import measure_startup
 from perf.step_probe import StepProbe, Values
@@ -129,6 +129,8 @@ def run(
                 except GraphEngineError as error:
                     # Our own figures took their time; they are not thrown away for it.
                     result.setdefault("peer_errors", {})[peer] = str(error)
+                    if isinstance(error, PeerFailed):
+                        result.setdefault("peer_logs", {})[peer] = error.log_end
                     say("error: " + one_line(str(error)))
                     continue
                 result.setdefault("peers", {}).setdefault(peer, {}).update(found)

@@ -25,7 +25,7 @@ from graphengine import LLM
 from graphengine.errors import ConfigError, GraphEngineError
 from perf.environment import environment, read_bandwidth
 from perf.kernel_accounts import KernelEvent, StepFloors, account
-from perf.result_file import result_path
+from perf.result_file import result_path, write_result
 from perf.run import make_llm
 from perf.shapes import SHAPES, write_shape
 from perf.step_probe import StepProbe
@@ -125,7 +125,15 @@ def main() -> None:
 
 
 def run(shape: str, points: tuple[tuple[int, int], ...], output: Path | None) -> None:
-    """Raises ConfigError without a CUDA device, or for a point that does not fit its memory."""
+    """Raises ConfigError, before anything is measured, for a point too long for the model, without
+    a CUDA device, or for a point that does not fit its memory."""
+    limit = SHAPES[shape]["max_position_embeddings"] - GRID_STEPS
+    for rows, context in points:
+        if context > limit:
+            raise ConfigError(
+                f"--point {rows}x{context} is too long for {shape}; give a context of {limit} or "
+                "less"
+            )
     if not torch.cuda.is_available():
         raise ConfigError("kernels are profiled on a CUDA device; torch sees none here")
     bytes_per_s = read_bandwidth()
@@ -144,13 +152,17 @@ def run(shape: str, points: tuple[tuple[int, int], ...], output: Path | None) ->
         gc.freeze()  # as the engine's loop does: a collection would stop the host in mid-profile
         for rows, context in points:
             if not probe.fits(rows, context):
-                raise ConfigError(f"--point {rows}x{context} does not fit KV cache or model")
+                raise ConfigError(
+                    f"--point {rows}x{context} does not fit the KV cache; give fewer rows or a "
+                    "shorter context"
+                )
+        for rows, context in points:
             found = breakdown(llm, probe, rows, context, bytes_per_s)
             result["points"].append(found)
             print(table(shape, found), file=sys.stderr, flush=True)
             print(json.dumps({"shape": shape, **found}), flush=True)
             if output:  # after each point: a run cut short keeps what it has
-                output.write_text(json.dumps(result, indent=1) + "\n")
+                write_result(result, output)
         llm.close()
 
 

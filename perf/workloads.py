@@ -5,7 +5,8 @@ from __future__ import annotations
 import bisect
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 # (prompt tokens, output tokens) of each request.
 Lengths = list[tuple[int, int]]
@@ -16,13 +17,17 @@ class Workload:
     """kind "run": the requests through the whole engine. kind "grid": decode steps alone, at
     `points` of (rows, context), with a KV cache of noise. kind "startup": processes.
     shape: the random-weight model of perf/shapes.py it runs on unless another is given.
+    draw: the requests at scale 1, which may take a while. lengths: at another.
     max_len: the longest sequence, prompt and output."""
 
     name: str
     shape: str
     kind: str
-    lengths: Callable[[float], Lengths] = lambda scale: []
+    draw: Callable[[], Lengths] = list
     points: tuple[tuple[int, int], ...] = ()
+
+    def lengths(self, scale: float) -> Lengths:
+        return shortened(self.draw(), scale)
 
     def max_len(self, scale: float) -> int:
         if self.kind == "grid":
@@ -38,35 +43,39 @@ def scaled(length: int, scale: float) -> int:
     return max(1, round(length * scale))
 
 
+def shortened(lengths: Lengths, scale: float) -> Lengths:
+    return [(scaled(prompt, scale), scaled(new, scale)) for prompt, new in lengths]
+
+
 def largest_scale(workloads: Sequence[Workload], limit: int) -> float | None:
     """Of the scales with two digits the largest whose sequences have at most `limit` tokens; None
     if the shortest are too long."""
+    drawn = [replace(workload, draw=partial(list, workload.draw())) for workload in workloads]
     scales = [float(f"{digits}e{power}") for power in range(-6, 3) for digits in range(10, 100)]
     num_fit = bisect.bisect_right(
-        scales, limit, key=lambda scale: max(workload.max_len(scale) for workload in workloads)
+        scales, limit, key=lambda scale: max(workload.max_len(scale) for workload in drawn)
     )
     return scales[num_fit - 1] if num_fit else None
 
 
-def _same(num: int, prompt: int, new: int) -> Callable[[float], Lengths]:
-    return lambda scale: [(scaled(prompt, scale), scaled(new, scale))] * num
+def _same(num: int, prompt: int, new: int) -> Callable[[], Lengths]:
+    return lambda: [(prompt, new)] * num
 
 
-def mixed(num: int) -> Callable[[float], Lengths]:
+def mixed(num: int) -> Callable[[], Lengths]:
     """Uniform in 100..1024, drawn as nano-vllm's benchmark draws them: the token ids between the
     lengths too, so that 256 requests come to its published 133,966 output tokens."""
 
-    def lengths(scale: float) -> Lengths:
-        draw = random.Random(0)
+    def draw() -> Lengths:
+        rng = random.Random(0)
         prompts = []
         for _ in range(num):
-            prompts.append(draw.randint(100, 1024))
+            prompts.append(rng.randint(100, 1024))
             for _ in range(prompts[-1]):
-                draw.randint(0, 10000)
-        news = [draw.randint(100, 1024) for _ in range(num)]
-        return [(scaled(p, scale), scaled(n, scale)) for p, n in zip(prompts, news, strict=True)]
+                rng.randint(0, 10000)
+        return [(prompt, rng.randint(100, 1024)) for prompt in prompts]
 
-    return lengths
+    return draw
 
 
 _GRID = tuple((rows, context) for context in (256, 1024, 4096) for rows in (1, 8, 32, 64, 128, 256))

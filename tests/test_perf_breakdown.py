@@ -17,7 +17,7 @@ from graphengine import LLM
 from graphengine.errors import ConfigError
 from graphengine.model_config import ModelConfig, load_model_config
 from perf.kernel_accounts import KernelEvent, StepFloors, account, part_of
-from perf.shapes import write_shape
+from perf.shapes import SHAPES, write_shape
 from perf.step_breakdown import breakdown, point, table, trace_events
 from perf.step_probe import StepProbe
 from perf.workloads import GRID_STEPS
@@ -215,6 +215,35 @@ def test_point_that_is_none_is_refused(text: str) -> None:
 def test_machine_without_a_device_is_told() -> None:
     with pytest.raises(ConfigError, match="CUDA device"):
         perf.step_breakdown.run("tiny", ((1, 8),), None)
+
+
+def test_points_that_do_not_fit_are_told_before_any_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one was found when the first had been measured. The device is made up."""
+    made: list[str] = []
+
+    class Probe:
+        def __init__(self, llm: object) -> None: ...
+
+        def fits(self, rows: int, context: int) -> bool:
+            return rows == 1
+
+    def make_llm(path: str, *arguments: object) -> None:
+        made.append(Path(path).name)
+
+    monkeypatch.setattr(perf.step_breakdown.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(perf.step_breakdown, "read_bandwidth", lambda: 1e12)
+    monkeypatch.setattr(perf.step_breakdown, "environment", dict)
+    monkeypatch.setattr(perf.step_breakdown, "make_llm", make_llm)
+    monkeypatch.setattr(perf.step_breakdown, "StepProbe", Probe)
+    longest = SHAPES["tiny"]["max_position_embeddings"] - GRID_STEPS
+    with pytest.raises(ConfigError, match=rf"1x{longest + 1} is too long .* {longest} or less"):
+        perf.step_breakdown.run("tiny", ((1, 8), (1, longest + 1)), None)
+    assert made == []
+    with pytest.raises(ConfigError, match=rf"2x{longest} does not fit the KV cache"):
+        perf.step_breakdown.run("tiny", ((1, longest), (2, longest)), None)
+    assert len(made) == 1
 
 
 @pytest.mark.gpu

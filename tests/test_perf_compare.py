@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import perf.compare
 import perf.run
 import perf.step_probe
 from cli import app
@@ -422,7 +423,8 @@ REFUSED = {
         "latency has 1 requests, 16 prompt and 64 output tokens in",
     ),
     "schema": (("schema",), 2, "has schema 2"),
-    "broken": (("environment",), [], "a broken result"),
+    "no object": (("environment",), [], "environment is [], expected an object; give a file"),
+    "broken": (("workloads",), [], "a broken result"),
     "not a number": (
         ("workloads", "latency", "async", "figures", "total_s", "samples"),
         [1.0, float("nan")],
@@ -456,6 +458,19 @@ def test_unlike_or_broken_results_are_refused(
     assert message in outcome.stderr
     assert outcome.stderr.count("\n") == 1
     assert outcome.stdout == ""
+
+
+def test_fault_of_our_own_is_not_told_as_one_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any KeyError was a missing entry."""
+
+    def faulty(contents: Json, where: str) -> Samples:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(perf.compare, "_samples", faulty)
+    with pytest.raises(KeyError, match="ours"):
+        load_side(write(tmp_path / "a", result()))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "not json", "[" * 100_000])
@@ -512,6 +527,17 @@ def test_summary_that_nobody_takes_is_no_verdict(tmp_path: Path, reader: str) ->
     line = done.stderr.splitlines()[-1]
     assert line.startswith("error: standard output"), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_table_that_nobody_takes_is_no_error(tmp_path: Path) -> None:
+    base = str(write(tmp_path / "a", result()))
+    command = [sys.executable, "-m", "cli", "perf", "compare", base, base]
+    with open("/dev/full", "wb", buffering=0) as full:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=full, text=True, check=False, timeout=60
+        )
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["slower"] == []
 
 
 def folder(path: Path, factors: Iterable[float]) -> Path:
@@ -584,6 +610,7 @@ BAD_RUNS = {
     "nan": (["--scale=nan"], "--scale is nan"),
     "repeats": (["--repeats=0"], "--repeats is 0; give 1 or more"),
     "output": (["--output=/none/out.json"], "no directory /none"),
+    "trace": (["--trace=/none/t.json"], "error: --trace /none/t.json: no directory /none"),
     "standard output": (["--output=-"], "--output is -, where the summary goes"),
 }
 

@@ -68,7 +68,7 @@ def test_run_has_the_joules_between_two_looks_or_none(
     left = list(looks)
     read = (lambda: left.pop(0) if left else None) if looks else None
     monkeypatch.setattr("perf.run.energy_counter", lambda: read)
-    workload = Workload("tiny", "tiny", "run", lambda _scale: [(3, 2)])
+    workload = Workload("tiny", "tiny", "run", lambda: [(3, 2)])
     with LLM("demo", device="cpu") as llm:
         _, detail = _requests(workload, llm, 1.0, 1e9)
         elapsed_s = llm.stats().elapsed_s

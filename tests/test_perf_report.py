@@ -463,6 +463,7 @@ BROKEN: list[tuple[tuple[str | int, ...], object, str]] = [
     (("workloads", "seed-8b", "async", "figures", "total_s", "high"), True, "high is True"),
     (("workloads", "seed-8b", "async", "detail", "timeline"), {}, "expected a list"),
     (("workloads", "seed-8b", "async", "detail", "timeline", 0, "ms"), None, r"timeline\[0\].ms"),
+    (("workloads", "seed-8b", "async", "detail", "timeline", 0), {}, r"\[0\].start_ms is missing"),
     (("workloads", "seed-8b", "async", "detail", "memory", 1), [], r"memory\[1\] is \[\]"),
     (("workloads", "seed-8b", "async", "detail", "host_ms"), [1], "host_ms is"),
     (("environment",), "H200", "environment is 'H200'"),
@@ -486,19 +487,27 @@ def test_broken_file_is_one_clear_error(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("part", ["environment", "config", "workloads"])
+@pytest.mark.parametrize(
+    "missing",
+    ["environment", "config", "workloads", "workloads.seed-8b.async.figures"],
+)
 def test_compare_and_report_refuse_the_same_file_in_the_same_words(
-    tmp_path: Path, part: str
+    tmp_path: Path, missing: str
 ) -> None:
-    """A file without its config was drawn by one and broken for the other."""
-    result = gpu_result()
-    del result[part]
+    """A file without its config was drawn by one and broken for the other, one without figures
+    was told without its workload by one and as None by the other."""
+    result: Any = gpu_result()
+    *places, name = missing.split(".")
+    inner = result
+    for place in places:
+        inner = inner[place]
+    del inner[name]
     path = str(write(tmp_path / "run.json", result))
     page = str(tmp_path / "page.html")
     for command in (["compare", path, path], ["report", path, "--output", page]):
         done = CliRunner().invoke(cli.app, ["perf", *command])
         assert done.exit_code == 2
-        assert done.stderr.endswith(f": {part} is missing; give a file that perf run wrote\n")
+        assert done.stderr.endswith(f": {missing} is missing; give a file that perf run wrote\n")
         assert done.stderr.count("\n") == 1
 
 

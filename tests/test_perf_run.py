@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,17 @@ import perf.peers
 import perf.run
 from captures import CaptureReport
 from graphengine import LLM
-from graphengine.errors import GraphEngineError
+from graphengine.errors import ConfigError
 from graphengine.model_runner import Launched
 from graphengine.scheduler import DecodeBatch
 from graphengine.sequence_table import SequenceTable
 from perf.compare import load_side
 from perf.figures import merge
 from perf.host_loop import measure, without_model
+from perf.peers import PeerFailed
 from perf.run import trace_path
 from perf.step_probe import StepProbe
-from perf.workloads import WORKLOADS, largest_scale
+from perf.workloads import WORKLOADS, Lengths, Workload, largest_scale
 
 RUN = ["perf", "run", "--model", "demo", "--scale", "0.004", "--repeats", "1", "--workload"]
 
@@ -59,7 +61,7 @@ def test_peer_that_fails_is_named_and_costs_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*args: object, **kwargs: object) -> None:
-        raise GraphEngineError("peer transformers failed: no room")
+        raise PeerFailed("peer transformers failed: no room", "Traceback\nno room\n")
 
     monkeypatch.setattr(perf.run, "measure_peer", failing)
     output = tmp_path / "result.json"
@@ -68,6 +70,7 @@ def test_peer_that_fails_is_named_and_costs_nothing_else(
     assert done.exit_code == 1
     result = json.loads(output.read_text())
     assert result["peer_errors"] == {"transformers": "peer transformers failed: no room"}
+    assert result["peer_logs"] == {"transformers": "Traceback\nno room\n"}
     assert "latency" in result["workloads"]
     summary = json.loads(done.stdout)
     assert summary["peer_errors"] == result["peer_errors"]
@@ -87,24 +90,61 @@ def test_peer_that_is_not_installed_is_refused_before_anything_runs(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("log", "words"),
-    [
-        ("Traceback:\n  File a\nValueError: too few blocks\n\n", "ValueError: too few blocks"),
-        ("", "exit code 7"),
-    ],
-)
-def test_error_of_a_peer_is_the_last_line_of_its_log(
-    log: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+VLLM_LOG = """\
+(EngineCore pid=7) ERROR 11-29 10:00:00 [core.py:700] torch.OutOfMemoryError: CUDA out of memory.
+(EngineCore pid=7) Traceback (most recent call last):
+(EngineCore pid=7)   File "core.py", line 3, in run
+(EngineCore pid=7) torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.
+Traceback (most recent call last):
+  File "peers.py", line 1, in <module>
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+"""
+LEAK = """\
+resource_tracker.py:254: UserWarning: There appear to be 1 leaked semaphore objects
+  warnings.warn('resource_tracker: There appear to be '
+"""
+# What a peer wrote and did last, and what is told of it.
+PEER_ENDS = {
+    "exception": (
+        "File a\nValueError: few blocks\n\n",
+        "exit 7",
+        "(exit code 7): ValueError: few blocks",
+    ),
+    "root cause above": (
+        VLLM_LOG,
+        "exit 1",
+        "(exit code 1): torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB.",
+    ),
+    "warning last": (
+        f"[rank0]: AssertionError\n{LEAK}",
+        "exit 1",
+        "(exit code 1): AssertionError",
+    ),
+    "killed": (
+        "Exception ignored in: f\nLoading: 9%\rLoading: 100%",
+        "kill -9 $$",
+        "(killed by SIGKILL): Loading: 100%",
+    ),
+    "silent": ("", "exit 7", "(exit code 7)"),
+    "no answer": ("", "exit 0", "(exit code 0)"),
+}
+
+
+@pytest.mark.parametrize(("log", "end", "words"), PEER_ENDS.values(), ids=PEER_ENDS)
+def test_peer_that_failed_is_told_with_its_end_and_cause(
+    log: str, end: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "log").write_text(log)
+    """The last line was often the one that says nothing, and the log was gone."""
+    log = log and "x" * 3000 + "\n" + log
+    (tmp_path / "log").write_text(log, newline="")
     fake = tmp_path / "python"
-    fake.write_text(f"#!/bin/sh\ncat {tmp_path / 'log'}; exit 7\n")
+    fake.write_text(f"#!/bin/sh\ncat {tmp_path / 'log'}; {end}\n")
     fake.chmod(0o755)
     monkeypatch.setattr(perf.peers.sys, "executable", str(fake))
-    with pytest.raises(GraphEngineError) as caught:
+    with pytest.raises(PeerFailed) as caught:
         perf.peers.measure_peer("vllm", tmp_path, {"latency": [(4, 8)]}, 100, repeats=1)
-    assert str(caught.value) == f"peer vllm failed: {words}"
+    assert str(caught.value) == f"peer vllm failed {words}"
+    assert caught.value.log_end == log.replace("\r", "\n")[-2000:]
 
 
 def test_result_that_cannot_be_kept_is_printed_whole(
@@ -164,6 +204,48 @@ def test_lengths_that_the_model_does_not_take_are_refused_with_a_scale_that_fits
     both = [WORKLOADS["latency"], WORKLOADS["decode-0.6b"]]
     assert max(w.max_len(0.0098) for w in both) <= 64 < max(w.max_len(0.0099) for w in both)
     assert largest_scale([WORKLOADS["decode-0.6b"]], 24) is None
+
+
+def test_start_up_has_no_lengths_to_refuse() -> None:
+    """Its processes take a model of any length."""
+    check = perf.run._check_lengths
+    check(64, [WORKLOADS["startup"]], 1.0)
+    check(64, [WORKLOADS["startup"], WORKLOADS["latency"]], 0.05)
+    with pytest.raises(ConfigError, match="has 160 tokens, the model takes 64"):
+        check(64, [WORKLOADS["startup"], WORKLOADS["latency"]], 1.0)
+
+
+def test_workloads_of_one_model_share_an_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There was one for each shape that they would else have."""
+    make_llm = perf.run.make_llm
+    made: list[list[str]] = []
+
+    def counted(path: str, max_len: int, workloads: list[Workload], *more: Any) -> LLM:
+        made.append([workload.name for workload in workloads])
+        return make_llm(path, max_len, workloads, *more)
+
+    monkeypatch.setattr(perf.run, "make_llm", counted)
+    assert invoke(tmp_path / "result.json", "--workload", "seed-8b") == 0
+    assert made == [["latency", "seed-8b"]]
+
+
+def test_largest_scale_draws_each_workload_once() -> None:
+    """Drawing `mixed` for every scale that was tried took two seconds."""
+    draws: list[str] = []
+
+    def counted(workload: Workload) -> Workload:
+        def draw() -> Lengths:
+            draws.append(workload.name)
+            return workload.draw()
+
+        return replace(workload, draw=draw)
+
+    chosen = [WORKLOADS[name] for name in ("latency", "mixed-0.6b", "seed-8b")]
+    assert largest_scale([counted(workload) for workload in chosen], 64) == 0.0076
+    assert draws == [workload.name for workload in chosen]
+    assert [max(w.max_len(scale) for w in chosen) for scale in (0.0076, 0.0077)] == [64, 65]
 
 
 def test_random_weights_of_a_real_shape_are_refused_without_a_gpu(
