@@ -41,8 +41,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the code that runs, wherever it is run from; where git does not tell it,
-    GRAPHENGINE_COMMIT may."""
+    """Of the code that runs, wherever it is run from: GRAPHENGINE_COMMIT, or what git says."""
     return os.environ.get("GRAPHENGINE_COMMIT") or _git("rev-parse", "HEAD")
 
 

@@ -22,13 +22,13 @@ from graphengine.output_file import one_line
 from perf.energy import energy_counter
 from perf.environment import environment, gpu_state, read_bandwidth
 from perf.figures import merge
-from perf.peers import PeerFailed, check_peers, measure_peer
+from perf.peers import PEERS, PeerFailed, check_installed, measure_peer
+from perf.recorded import SCHEMA
 from perf.shapes import SHAPES, write_shape
 from perf.startup import measure_startup
 from perf.step_probe import StepProbe, Values
 from perf.workloads import WORKLOADS, Lengths, Workload, largest_scale, scaled, token_ids
 
-SCHEMA = 1
 MODES = {
     "async": {},
     "sync": {"async_scheduling": False},
@@ -63,13 +63,13 @@ def run(
     for lengths that the model does not take, and for a shape's random weights without a GPU."""
     _check_names("workload", names, WORKLOADS)
     _check_names("mode", modes, MODES)
-    check_peers(peers)
+    _check_names("peer", list(peers), PEERS)
+    check_installed(peers)
     chosen = [WORKLOADS[name] for name in names]
     if model is None and not torch.cuda.is_available():
         raise ConfigError(
-            f"no GPU: torch sees no CUDA device, and on a CPU random weights of the shape "
-            f"{chosen[0].shape} take hours; give a --model, as in "
-            "--model demo --scale 0.05 --workload latency"
+            f"no GPU: torch sees no CUDA device, and {chosen[0].shape} is too large to measure on "
+            "a CPU; give a --model, as in --model demo --scale 0.05 --workload latency"
         )
     groups: dict[str, list[Workload]] = {}
     for workload in chosen:

@@ -251,7 +251,7 @@ def test_largest_scale_draws_each_workload_once() -> None:
 def test_random_weights_of_a_real_shape_are_refused_without_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It took hours, and said nothing after "warm-up"."""
+    """It said "warm-up", then nothing for as long as one waited."""
     monkeypatch.setattr(perf.run.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(perf.run, "_run_group", lambda *arguments: {})
     command = ["perf", "run", "--workload", "decode-0.6b", "--output", str(tmp_path / "r.json")]

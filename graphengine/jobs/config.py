@@ -12,8 +12,8 @@ from graphengine.jobs.shard import Shard
 from graphengine.request import SamplingParams, check_text
 
 ORDERS = ("completion", "input")
-# Each is a process with an engine and sockets of its own, and no machine has as many GPUs or cores
-# to spare: more is a slip of the keyboard that would fill the memory for minutes.
+# Each is a process with an engine of its own: more is taken for a slip of the keyboard, which would
+# fill the memory.
 MAX_WORKERS = 256
 # What the output has of its own.
 COLUMNS = (

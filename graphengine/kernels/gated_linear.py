@@ -82,7 +82,6 @@ def gated_linear(
     out = torch.empty((num_rows, intermediate), dtype=x.dtype, device=x.device)
     params = Params(
         x=launcher.rows_map(x),
-        weight=launcher.weight_map(weight, features),
         out=out.data_ptr(),
         num_rows=num_rows,
         intermediate=intermediate,
@@ -99,12 +98,12 @@ def gated_linear(
         # Not early: the launch beside it reads x, and writes out, without waiting. It may, as it
         # starts only after this one, and this one after all that comes before.
         launcher.launch(params, features, quad_blocks, cluster_rows=2, early=False)
-        params.weight = launcher.weight_map(weight, features)
         params.first = 2 * of_quads
         params.is_beside = True
         num_blocks -= quad_blocks
     params.last = row_tiles * pairs
     if params.first < params.last:
+        params.weight = launcher.weight_map(weight, features)
         num_blocks = min(2 * (params.last - params.first), num_blocks)
         launcher.launch(params, features, num_blocks, cluster_rows=1, early=True)
     return out
