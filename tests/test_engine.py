@@ -1,4 +1,4 @@
-"""Does LLM do what it promises? Order, bounds, errors, reuse, seeds; and the demo's sums."""
+"""Does LLM do what it promises? Order, bounds, errors, reuse, seeds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ import graphengine.build
 import graphengine.engine
 import graphengine.model_runner
 from graphengine import LLM, FinishReason, Request, RequestOutput, SamplingParams
-from graphengine.demo.sums import answer, heldout_pairs, prompt
 from graphengine.errors import BackendError, CapacityError, ConfigError, ModelError, RequestError
 from graphengine.model_runner import Launched, ModelRunner
 from graphengine.plan import plan
@@ -737,70 +736,6 @@ def test_preemptions_are_counted(world: World) -> None:
         outputs = list(llm.stream(requests))
         assert llm.stats().num_preemptions > 0
     assert world.wrong(requests, outputs) == []
-
-
-# --- the demo model
-
-SUMS = SamplingParams(temperature=0.0)
-
-
-def sums(count: int, **options: Any) -> list[str]:
-    prompts = [prompt(*pair) for pair in heldout_pairs()[:count]]
-    with LLM("demo", device="cpu", **options) as llm:
-        outputs = llm.generate(prompts, SUMS)
-        if "num_gpu_blocks_override" in options:
-            assert llm.stats().num_preemptions > 0
-        assert all(output.outputs[0].finish_reason is FinishReason.STOP for output in outputs)
-        return [output.outputs[0].text for output in outputs]
-
-
-def test_demo_model_answers_unseen_sums() -> None:
-    expected = [answer(*pair) for pair in heldout_pairs()[:1000]]
-    answers = sums(1000)
-    num_right = sum(map(str.__eq__, answers, expected))
-    assert num_right >= 995
-
-
-@pytest.fixture(scope="module")
-def hundred_sums() -> list[str]:
-    return sums(100, max_num_seqs=100)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_num_seqs": 1},
-        {"max_num_seqs": 3},
-        {"max_num_seqs": 8},
-        {"max_num_seqs": 32},
-        {"max_num_seqs": 8, "async_scheduling": False},
-        {"max_num_seqs": 8, "max_num_batched_tokens": 5},
-        {"max_num_seqs": 16, "num_gpu_blocks_override": 33, "block_size": 2},
-        {"max_num_seqs": 16, "num_gpu_blocks_override": 64, "block_size": 1},
-        {
-            "max_num_seqs": 9,
-            "num_gpu_blocks_override": 17,
-            "block_size": 4,
-            "async_scheduling": False,
-        },
-        {"max_num_seqs": 8, "block_size": 3, "max_num_batched_tokens": 7},
-        {"max_num_seqs": 5, "dtype": "bfloat16"},
-    ],
-    ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
-)
-def test_sums_are_the_same_however_they_are_run(
-    hundred_sums: list[str], options: dict[str, Any]
-) -> None:
-    """Peaked logits: a wrong answer points at the engine."""
-    assert sums(100, **options) == hundred_sums
-
-
-def test_demo_answers_chat_and_text_alike() -> None:
-    with LLM("demo", device="cpu") as llm:
-        by_text, by_chat = llm.generate(
-            ["123+456=", {"messages": [{"role": "user", "content": "123+456="}]}], SUMS
-        )
-    assert by_text.outputs[0].text == by_chat.outputs[0].text == "579"
 
 
 def test_model_directory_may_be_given_as_its_tokenizer(world: World, tmp_path: Path) -> None:
