@@ -20,9 +20,10 @@ from graphengine.resolve import Resolved, as_on_cuda, resolve
 
 # What a CUDA context and the libraries' workspaces are taken to need.
 _CONTEXT_BYTES = 700 * 2**20
-# Of one graph and layer: 19 of 32 layers took 270 MiB on an H200, the pool's 74 MiB among them
-# (perf/LOG.md), rounded up. A bucket of decode steps has one for each bank.
-_GRAPH_BYTES_PER_LAYER = 352 * 2**10
+# Of one graph and layer; a bucket of decode steps has one for each bank. With it all graphs of an 8B
+# and a 0.6B at 256 and 32 rows come to 279, 101, 507 and 319 MiB, and took 288, 126, 400 and 224 on
+# an H200 (perf/LOG.md, 2026-11-29, fourth).
+_GRAPH_BYTES_PER_LAYER = 32 * 2**10
 _NUM_BANKS = 2
 _SEQUENCE_LENGTHS = (256, 1024, 4096, 16384, 65536)
 
@@ -130,11 +131,12 @@ def _working_bytes(resolved: Resolved) -> int:
 
 
 def _graph_bytes(resolved: Resolved) -> int:
-    """The shared pool, which holds the largest bucket's logits, and each graph's nodes; the same
-    of prefills, whose pool holds a layer's activations beside what lies between its pieces."""
+    """The shared pool, which holds the largest bucket's logits and what the sampler makes of them,
+    and each graph's nodes; the same of prefills, whose pool holds a layer's activations beside what
+    lies between its pieces."""
     model, ladder, itemsize = resolved.model_config, resolved.ladder, resolved.dtype.itemsize
     num_graphs = _NUM_BANKS * len(ladder.sizes)
-    pool = itemsize * ladder.max_rows * (model.vocab_size + 4 * model.hidden_size)
+    pool = itemsize * ladder.max_rows * (5 * model.vocab_size // 2 + 10 * model.hidden_size)
     config = resolved.config
     max_tokens = min(config.max_num_batched_tokens, config.max_num_seqs * resolved.max_model_len)
     prefills = prefill_ladder(model, max_tokens)

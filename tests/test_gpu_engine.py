@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import hf_config, write_checkpoint
+from launches import record_launches
 from paged import skip_without_flash4
 from tiny import World, make_world, request
 
@@ -185,32 +186,62 @@ def test_graph_gives_what_eager_gives_in_every_bucket(
         assert graph == eager, f"{count} rows"
 
 
-def test_graph_gives_what_eager_gives_where_products_of_many_rows_are_ours(
-    tmp_path: Path,
-) -> None:
-    """Layers of a 0.6B model's shape: see `tiles.wide_tiles`."""
-    path = write_checkpoint(
-        tmp_path,
-        "qwen3",
+# Two layers as wide as a Qwen3-0.6B's, a Llama-3.2-1B's (heads of 64) and a Llama-3.1-8B's.
+WIDE = {
+    "0.6B": ("qwen3", 1024, 3072, 16, 128),
+    "1B": ("llama_gqa_llama3", 2048, 8192, 32, 64),
+    "8B": ("llama_gqa_llama3", 4096, 14336, 32, 128),
+}
+
+
+@pytest.fixture(scope="module", params=WIDE)
+def wide_checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    variant, hidden_size, intermediate_size, num_heads, head_dim = WIDE[request.param]
+    return write_checkpoint(
+        tmp_path_factory.mktemp(request.param),
+        variant,
         dtype=torch.bfloat16,
         vocab_size=VOCAB_SIZE,
-        hidden_size=1024,
-        intermediate_size=3072,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
-        num_attention_heads=16,
+        num_attention_heads=num_heads,
         num_key_value_heads=8,
-        head_dim=128,
+        head_dim=head_dim,
         max_position_embeddings=MAX_MODEL_LEN,
     )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tuning": "off"}, {"attention": "flash4"}, {"async_scheduling": False}],
+    ids=str,
+)
+def test_graph_gives_what_eager_gives_by_the_kernels_of_wide_models(
+    wide_checkpoint: Path,
+    options: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "attention" in options:
+        skip_without_flash4()
+        monkeypatch.setattr("graphengine.attention.flash4.MIN_MEAN_LENGTH", 100)
+    monkeypatch.setattr("graphengine.tuning.CACHE", tmp_path / "products")
+    launched = record_launches(monkeypatch)
+    counts = (1, 7, 16, 32, 48, 64, 70, 130, 256)
+    settings = {"max_num_seqs": 256, "num_gpu_blocks_override": 512, **options}
     results = []
     for enforce_eager in (False, True):
-        with flash_llm(
-            path, enforce_eager=enforce_eager, max_num_seqs=256, num_gpu_blocks_override=512
-        ) as llm:
-            results.append(
-                [run(llm, long_requests(count, max_tokens=6)) for count in (256, 130, 70)]
-            )
-    assert results[0] == results[1]
+        launched.clear()
+        with flash_llm(wide_checkpoint, enforce_eager=enforce_eager, **settings) as llm:
+            results.append([run(llm, long_requests(count, max_tokens=6)) for count in counts])
+        if torch.cuda.get_device_capability()[0] == 9:
+            # Of up to 32 rows, of up to 64, and of more.
+            assert {"decode_chain", "decode_attention", "row_attention"} <= launched
+    for count, graph, eager in zip(counts, *results, strict=True):
+        assert graph == eager, f"{count} rows"
 
 
 @pytest.mark.parametrize(("num_blocks", "async_scheduling"), [(60, True), (24, True), (24, False)])
