@@ -20,9 +20,9 @@ from graphengine.resolve import Resolved, as_on_cuda, resolve
 
 # What a CUDA context and the libraries' workspaces are taken to need.
 _CONTEXT_BYTES = 700 * 2**20
-# Of one graph and layer; a bucket of decode steps has one for each bank. With it all graphs of an 8B
-# and a 0.6B at 256 and 32 rows come to 279, 101, 507 and 319 MiB, and took 288, 126, 400 and 224 on
-# an H200 (perf/LOG.md, 2026-11-29, fourth).
+# Of one graph and layer; a bucket of decode steps has one for each bank. With it all graphs of an
+# 8B and a 0.6B at 256 and 32 rows come to 279, 101, 507 and 319 MiB, and took 288, 126, 400 and 224
+# on an H200 (perf/LOG.md, 2026-11-29, fourth).
 _GRAPH_BYTES_PER_LAYER = 32 * 2**10
 _NUM_BANKS = 2
 _SEQUENCE_LENGTHS = (256, 1024, 4096, 16384, 65536)
