@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -51,3 +52,13 @@ def say(line: str) -> None:
     more, the work goes on."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr)
+
+
+def describe_exit(status: int) -> str:
+    """Of a process, as `Popen.returncode` has it: `killed by SIGKILL` or `exit code 1`."""
+    if status < 0:
+        try:
+            return f"killed by {signal.Signals(-status).name}"
+        except ValueError:
+            return f"killed by signal {-status}"
+    return f"exit code {status}"

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from graphengine.errors import ConfigError, GraphEngineError
-from graphengine.jobs.workers import describe_exit
+from graphengine.exit_codes import describe_exit
 from perf.figures import merge
 from perf.workloads import Lengths, token_ids
 

@@ -49,6 +49,17 @@ def test_start_waits_for_no_torch_and_needs_no_optional_package(code: str) -> No
     assert run.stdout.endswith("slow: set()\n"), run.stderr
 
 
+def test_measuring_needs_no_optional_package() -> None:
+    """`perf run` once needed what only jobs do."""
+    code = (
+        "import sys\n"
+        "for name in ('orjson', 'filelock', 'pyarrow', 'zstandard', 'ray', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "import perf.run, perf.startup, perf.host_loop, perf.step_breakdown\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_every_module_at_the_top_is_installed() -> None:
     names = {path.stem for path in ROOT.glob("*.py")}
     assert set(PROJECT["tool"]["setuptools"]["py-modules"]) == names

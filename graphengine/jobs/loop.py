@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from graphengine.errors import GraphEngineError, InputError, WorkersLostError
+from graphengine.exit_codes import describe_exit
 from graphengine.jobs.row_set import IdTable, RowSet
 from graphengine.jobs.rows import Row
 from graphengine.jobs.tasks import Format, Result, Task
@@ -20,7 +21,6 @@ from graphengine.jobs.workers import (
     Usage,
     Worker,
     WorkerPool,
-    describe_exit,
 )
 from graphengine.output_file import MAX_ERRORS_SHOWN, one_line
 

@@ -7,7 +7,6 @@ import dataclasses
 import os
 import queue
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -295,13 +294,3 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
                 gpus.pop()
             gpus.append(found[1])
     return gpus
-
-
-def describe_exit(status: int) -> str:
-    """`killed by SIGKILL` or `exit code 1`."""
-    if status < 0:
-        try:
-            return f"killed by {signal.Signals(-status).name}"
-        except ValueError:
-            return f"killed by signal {-status}"
-    return f"exit code {status}"
