@@ -30,8 +30,9 @@ class DeviceSpan:
 @dataclass(slots=True)
 class ClockReading:
     """Sums since the last reset. Busy: from a launch's first to its last event on the compute
-    stream. Idle: between one launch's end and the next one's start. In eager mode the gaps between
-    the kernels of one launch count as busy: only a graph replay is busy throughout."""
+    stream. Idle: between one launch's end and the next one's start. The gaps between the kernels of
+    one launch count as busy: large in eager mode, and of a graph's replay next to none but for what
+    lies before its first kernel, 7 us under a profiler (perf/LOG.md, 2026-11-29, fourth)."""
 
     busy_ms: float = 0.0
     idle_ms: float = 0.0

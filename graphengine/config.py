@@ -38,8 +38,10 @@ class EngineConfig:
     compile, be kept or run, a warning says so and it is "flash".
     load_format: "dummy" gives seeded random weights and reads config.json only.
     max_model_len: tokens of prompt and output together; None takes the model's limit.
-    max_num_seqs: sequences running at once, the largest decode bucket; at most MAX_NUM_SEQS.
-    max_num_batched_tokens: token budget of one prefill step; longer prompts are chunked.
+    max_num_seqs: sequences running at once, the largest decode bucket; at most MAX_NUM_SEQS. How
+    many run decides which kernels a step runs by, which round differently in bfloat16.
+    max_num_batched_tokens: token budget of one prefill step; longer prompts are chunked. What is
+    prefilled together decides how it rounds, too.
     block_size: tokens per KV block; None takes the attention backend's default.
     gpu_memory_utilization: share of the card's memory this engine may use in all.
     kv_cache_memory_bytes: KV memory instead of the figure derived from free memory. On the CPU None
