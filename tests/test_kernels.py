@@ -16,6 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from shapes import random_shapes
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import (
@@ -341,7 +342,11 @@ def test_fused_has_the_signatures_of_its_twins(fused: ModuleType) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(
-    ("num_tokens", "size"), [(1, 4096), (3, 1000), (32, 1024), (65, 5120), (300, 8192)]
+    ("num_tokens", "size"),
+    [
+        *((1, 4096), (3, 1000), (32, 1024), (65, 5120), (300, 8192)),
+        *random_shapes(8, range(1, 400), range(8, 8193, 8)),
+    ],
 )
 def test_fused_norms_and_silu_are_their_twins(
     fused: ModuleType, num_tokens: int, size: int, dtype: torch.dtype
@@ -384,7 +389,10 @@ def test_fused_products_are_their_twins(
         error = (result.double() - expected).abs() / (1.0 + expected.abs())
         assert error.max() < num_eps * eps, (num_rows, weight.shape)
 
-    for num_features, depth in ((4096, 1024), (1024, 3072), (2**15, 256), (1000, 320)):
+    for num_features, depth in (
+        *((4096, 1024), (1024, 3072), (2**15, 256), (1000, 320)),
+        *random_shapes(3, range(16, 8193, 16), range(16, 4097, 16), seed=num_rows),
+    ):
         x = randn(num_rows, depth, dtype=dtype).to(CUDA)
         weight = (randn(num_features, depth, seed=1) / depth**0.5).to(CUDA, dtype)
         bias = randn(num_features, dtype=dtype, seed=2).to(CUDA) if has_bias else None
@@ -523,6 +531,12 @@ def test_wide_products_that_start_early_see_what_came_before(
         (7, 14, 2, 80, 16),
         (900, 32, 8, 128, 256),
         (17, 32, 4, 256, 256),
+        *(
+            (num_tokens, num_kv_heads * group, num_kv_heads, head_dim, block_size)
+            for num_tokens, num_kv_heads, group, head_dim, block_size in random_shapes(
+                6, range(1, 300), range(1, 9), range(1, 9), range(16, 257, 16), range(16, 257, 16)
+            )
+        ),
     ],
 )
 def test_fused_rope_and_cache_is_its_twin(

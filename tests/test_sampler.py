@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from shapes import random_shapes
 from torch import Tensor
 
 from graphengine.kernels import kernels_for, reference
@@ -359,7 +360,10 @@ def random_options(num_rows: int, vocab_size: int, *, seed: int) -> dict[str, An
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     ("num_rows", "vocab_size"),
-    [(1, 5), (64, 777), (33, 32_000), (256, 128_256), (8, 151_936), (40, 151_936)],
+    [
+        *((1, 5), (64, 777), (33, 32_000), (256, 128_256), (8, 151_936), (40, 151_936)),
+        *random_shapes(8, range(1, 100), range(2, 60_000)),
+    ],
 )
 def test_fused_draws_what_its_twin_draws(
     num_rows: int, vocab_size: int, dtype: torch.dtype
