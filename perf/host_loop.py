@@ -1,6 +1,6 @@
 """How long does the host take for a step? The engine's loop by phase, at 256 rows.
 
-Loads: "steady", 256 requests of the same length; "mixed", those of the workload mixed-0.6b;
+Loads: "steady", the requests of the workload steady-0.6b, of one length; "mixed", of mixed-0.6b;
 "changing", 1,024 of mixed lengths of which 256 run at a time, so that rows come and go. On a GPU
 the whole engine runs, on random weights. On the CPU the model and its sampler do nothing, so that
 what is left is the host's part, with copies in memory in the place of those to and from a device;
@@ -29,12 +29,12 @@ from graphengine import LLM, Request, SamplingParams
 from graphengine.metrics import Lap, Laps
 from perf.run import SHADOW, MemorySampler, shadow_ms
 from perf.shapes import SHAPES, write_shape
-from perf.workloads import Lengths, mixed, shortened, token_ids
+from perf.workloads import WORKLOADS, Lengths, mixed, shortened, token_ids
 
 ROWS = 256
 LOADS: dict[str, Callable[[], Lengths]] = {
-    "steady": lambda: [(256, 512)] * ROWS,
-    "mixed": mixed(256),
+    "steady": WORKLOADS["steady-0.6b"].draw,
+    "mixed": WORKLOADS["mixed-0.6b"].draw,
     "changing": lambda: shortened(mixed(1024)(), 0.5),
 }
 

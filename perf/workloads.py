@@ -95,6 +95,8 @@ WORKLOADS = {
         ),
         Workload("limits-0.6b", "qwen3-0.6b", "grid", points=((1, 256), (32, 640), (256, 512))),
         Workload("mixed-0.6b", "qwen3-0.6b", "run", mixed(256)),
+        # All rows from the first decode step to the last: host time of a step at 256 rows.
+        Workload("steady-0.6b", "qwen3-0.6b", "run", _same(256, 256, 512)),
         Workload("mixed-8b", "llama-8b", "run", mixed(512)),
         Workload("prefill-8b", "llama-8b", "run", _same(64, 4096, 16)),
         Workload("latency", "qwen3-0.6b", "run", _same(1, 32, 128)),

@@ -24,13 +24,14 @@ from captures import CaptureReport
 from graphengine import LLM
 from graphengine.errors import ConfigError
 from graphengine.model_runner import Launched
-from graphengine.scheduler import DecodeBatch
+from graphengine.scheduler import DecodeBatch, PrefillBatch
 from graphengine.sequence_table import SequenceTable
 from perf.compare import load_side
 from perf.figures import merge
 from perf.host_loop import measure, without_model
 from perf.peers import PeerFailed
 from perf.run import trace_path
+from perf.shapes import write_shape
 from perf.step_probe import StepProbe
 from perf.workloads import WORKLOADS, Lengths, Workload, largest_scale
 
@@ -364,6 +365,32 @@ def test_limits_are_measured_at_their_own_points(tmp_path: Path) -> None:
     for point in ("1 x 13", "32 x 32", "256 x 26"):
         for name in ("device_ms", "step_ms", "bandwidth_share"):
             assert figures[f"{name}[{point}]"]["median"] > 0.0
+
+
+def test_steady_workload_decodes_all_rows_from_start_to_end(tmp_path: Path) -> None:
+    """So that its host time of a step is that of 256 rows: "mixed" empties towards its end."""
+    workload = WORKLOADS["steady-0.6b"]
+    assert workload.draw() == [(256, 512)] * 256
+    scale = 0.25  # twice the tokens of one prefill step
+    options = {"load_format": "dummy"}
+    path = str(write_shape("tiny", tmp_path))
+    llm = perf.run.make_llm(path, workload.max_len(scale), [workload], scale, options)
+    rows: list[int] = []
+    with llm:
+        without_model(llm)
+        launch = llm._runner.launch
+
+        def watched(batch: DecodeBatch | PrefillBatch, table: SequenceTable) -> Launched:
+            if isinstance(batch, DecodeBatch):
+                rows.append(len(batch.rows))
+            return launch(batch, table)
+
+        llm._runner.launch = watched  # type: ignore[method-assign,assignment]
+        values, detail = perf.run._requests(workload, llm, scale, 1e9)
+    assert rows == [256] * 127
+    assert (detail["num_decode_steps"], detail["num_prefill_steps"]) == (127, 2)
+    assert values["host_ms_per_decode_step"][0] > 0.0
+    assert values["host_ms_per_decode_step"][1:] == ("ms", "lower")
 
 
 def test_steps_of_a_point_are_at_its_context_and_rows() -> None:
