@@ -33,13 +33,13 @@ def environment() -> Figures:
     import torch
     import transformers
 
-    from perf.environment import commit
+    from perf.environment import environment as whole
 
     found: Figures = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit(),
+        "commit": whole()["commit"],
         "card": "cpu",
     }
     if torch.cuda.is_available():

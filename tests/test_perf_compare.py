@@ -498,6 +498,16 @@ def test_changed_versions_are_printed_and_compared(tmp_path: Path) -> None:
     assert "changed: driver: None -> 580\n" in outcome.stderr
 
 
+def test_trees_of_one_commit_are_told_apart_by_their_sources(tmp_path: Path) -> None:
+    """A commit that was told says nothing of a tree's changes. Files before have no hash."""
+    old, new = result(), result()
+    new["environment"] |= {"is_dirty": None, "source_hash": "5eed"}
+    outcome = run_compare(write(tmp_path / "a", old), write(tmp_path / "b", new))
+    assert outcome.exit_code == 0
+    assert "changed: sources: None -> 5eed\n" in outcome.stderr
+    assert "changed: uncommitted changes: False -> None\n" in outcome.stderr
+
+
 def test_figures_of_one_side_are_named(tmp_path: Path) -> None:
     new = result()
     figures = new["workloads"]["latency"]["async"]["figures"]

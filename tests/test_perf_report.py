@@ -244,6 +244,15 @@ def test_page_is_well_formed_and_shows_every_part(page: str) -> None:
     assert "580.1" in text
 
 
+def test_tree_of_a_commit_that_was_told_is_named_by_its_sources(tmp_path: Path) -> None:
+    result = gpu_result("latency")
+    result["environment"] |= {"is_dirty": None, "source_hash": "5eed" * 16}
+    text = page_of(tmp_path, result)
+    assert "with local changes" not in text
+    assert '<th>source_hash</th><td class="text">' + "5eed" * 16 in text
+    assert '<th>is_dirty</th><td class="text">–</td>' in text
+
+
 def test_page_loads_nothing(page: str) -> None:
     assert not re.search(r"https?:|//\w", page)
     assert "@import" not in page

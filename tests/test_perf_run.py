@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -487,6 +488,49 @@ def test_commit_is_that_of_the_package_wherever_it_is_run_from(
     init = users / "graphengine" / "__init__.py"
     monkeypatch.setattr(perf.environment.graphengine, "__file__", str(init))
     found = perf.environment.environment()
-    assert (found["commit"], found["is_dirty"]) == ("", False)
+    assert (found["commit"], found["is_dirty"]) == ("", None)
+
+
+def test_given_commit_is_not_called_dirty_by_another_repository(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy of a tree told the state of the repository that it lay in, or was."""
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(perf.environment, "_git", lambda *arguments: asked.append(arguments))
     monkeypatch.setenv("GRAPHENGINE_COMMIT", "abc")
-    assert perf.environment.environment()["commit"] == "abc"
+    found = perf.environment.environment()
+    assert (found["commit"], found["is_dirty"], asked) == ("abc", None, [])
+
+
+def test_source_hash_is_that_of_the_tree_wherever_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "captures/b.py": "1",
+        "graphengine/__init__.py": "",
+        "graphengine/demo/model/config.json": "{}",
+        "graphengine/kernels/a.cu": "é",
+        "graphengine/kernels/a.cuh": "3",
+        "graphengine_more.py": "no",
+        "graphengine/kernels/a.cubin": "no",
+        "perf/results/old.json": "no",
+        "perf/run.py": "4",
+    }
+
+    def hash_of(folder: str, **changed: str) -> str:
+        for name, text in (files | changed).items():
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_text(text, "utf-8")
+        init = tmp_path / folder / "graphengine" / "__init__.py"
+        monkeypatch.setattr(perf.environment.graphengine, "__file__", str(init))
+        return str(perf.environment.environment()["source_hash"])
+
+    counted = sorted(name for name, text in files.items() if text != "no")
+    lines = [f"{hashlib.sha256(files[name].encode()).hexdigest()}  {name}\n" for name in counted]
+    first = hash_of("one")
+    assert first == hashlib.sha256("".join(lines).encode()).hexdigest()
+    monkeypatch.chdir(tmp_path / "one" / "perf")
+    assert hash_of("two") == hash_of("one") == first
+    assert hash_of("three", **{"perf/results/new.json": "{}", "README.md": "new"}) == first
+    assert hash_of("four", **{"graphengine/kernels/a.cu": "e"}) != first
+    assert hash_of("five", **{"captures/c.py": ""}) != first
