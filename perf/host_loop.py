@@ -28,6 +28,7 @@ import torch
 from graphengine import LLM, Request, SamplingParams
 from graphengine.metrics import Lap, Laps
 from perf.run import SHADOW, MemorySampler, shadow_ms
+from perf.script import check_least, check_shape, errors_as_exit
 from perf.shapes import SHAPES, write_shape
 from perf.workloads import WORKLOADS, Lengths, mixed, shortened, token_ids
 
@@ -80,6 +81,7 @@ def measure(llm: LLM, lengths: Lengths, *, sample_memory: bool) -> dict[str, Any
     }
 
 
+@errors_as_exit()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -90,14 +92,10 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="of one more run each, by function")
     parser.add_argument("--sample-memory", action="store_true", help="beside it, as perf run does")
     args = parser.parse_args()
-    if args.repeats < 1:
-        parser.error(f"--repeats is {args.repeats}; give 1 or more")
     has_gpu = torch.cuda.is_available()
-    if args.shape not in (None, "tiny") and not has_gpu:
-        parser.error(
-            f"--shape is {args.shape}, which needs a GPU; without one no model runs: leave it out"
-        )
     shape = args.shape or ("qwen3-0.6b" if has_gpu else "tiny")
+    check_least(args, 1, "repeats")
+    check_shape(shape, instead="without one no model runs: leave it out")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         llm = LLM(

@@ -7,7 +7,7 @@ import gc
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from perf.environment import environment, gpu_state, read_bandwidth
 from perf.figures import merge
 from perf.peers import PEERS, PeerFailed, check_installed, measure_peer
 from perf.recorded import SCHEMA
+from perf.script import check_names
 from perf.shapes import SHAPES, write_shape
 from perf.startup import measure_startup
 from perf.step_probe import StepProbe, Values
@@ -61,9 +62,9 @@ def run(
     may be cut short. Each of these engines writes a trace beside `trace`, its model and mode in the
     name. Raises ConfigError for a workload, mode or peer that does not exist or is not there,
     for lengths that the model does not take, and for a shape's random weights without a GPU."""
-    _check_names("workload", names, WORKLOADS)
-    _check_names("mode", modes, MODES)
-    _check_names("peer", list(peers), PEERS)
+    check_names("workload", names, WORKLOADS)
+    check_names("mode", modes, MODES)
+    check_names("peer", peers, PEERS)
     check_installed(peers)
     chosen = [WORKLOADS[name] for name in names]
     if model is None and not torch.cuda.is_available():
@@ -166,12 +167,6 @@ def trace_path(trace: Path, model: str, mode: str) -> Path:
     """Where the engine of that model or shape writes: t.json -> t.llama-8b-async.json."""
     name = Path(model).expanduser().resolve().name  # of a directory, also "."; of a hub id
     return trace.with_name(f"{trace.stem}.{name}-{mode}{trace.suffix}")
-
-
-def _check_names(kind: str, names: list[str], known: Mapping[str, object]) -> None:
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"no {kind} {name!r}; choose from {', '.join(known)}")
 
 
 def _limit_of(model: str | None, shape: str) -> int:
