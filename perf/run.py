@@ -61,7 +61,8 @@ def run(
     alike. `save` is called with what there is after each of these groups, since a run of minutes
     may be cut short. Each of these engines writes a trace beside `trace`, its model and mode in the
     name. Raises ConfigError for a workload, mode or peer that does not exist or is not there,
-    for lengths that the model does not take, and for a shape's random weights without a GPU."""
+    for lengths that the model does not take or of which nothing is left, and for a shape's random
+    weights without a GPU."""
     check_names("workload", names, WORKLOADS)
     check_names("mode", modes, MODES)
     check_names("peer", peers, PEERS)
@@ -179,12 +180,20 @@ def _limit_of(model: str | None, shape: str) -> int:
 def _check_lengths(limit: int, workloads: list[Workload], scale: float) -> None:
     workloads = [workload for workload in workloads if workload.kind != "startup"]
     longest = max((workload.max_len(scale) for workload in workloads), default=0)
-    if longest <= limit:
+    leasts = {workload.name: workload.least_scale() for workload in workloads}
+    name, least = max(leasts.items(), key=lambda item: item[1], default=("", 0.0))
+    if longest <= limit and scale >= least:
         return
     fitting = largest_scale(workloads, limit)
+    is_some = fitting is not None and fitting >= least
+    if longest > limit:
+        raise ConfigError(
+            f"the longest sequence has {longest} tokens, the model takes {limit}; "
+            + (f"lower --scale to {fitting:g}" if is_some else "take other workloads")
+        )
     raise ConfigError(
-        f"the longest sequence has {longest} tokens, the model takes {limit}; "
-        + ("take other workloads" if fitting is None else f"lower --scale to {fitting:g}")
+        f"--scale is {scale:g}, which leaves one token of each length of {name}; "
+        + (f"give {least:g} to {fitting:g}" if is_some else "take other workloads")
     )
 
 

@@ -595,9 +595,10 @@ def test_every_workload_runs_on_the_demo_model(
     # 24 steps at each of 18 points take a quarter of a minute.
     monkeypatch.setattr(perf.step_probe, "GRID_STEPS", 2)
     output = tmp_path / "result.json"
+    scale = max(0.004, WORKLOADS[name].least_scale())
     outcome = CliRunner().invoke(
         app,
-        f"perf run --workload {name} --model demo --scale 0.004 --repeats 1 --output {output}",
+        f"perf run --workload {name} --model demo --scale {scale} --repeats 1 --output {output}",
     )
     assert outcome.exit_code == 0, outcome.stderr
     assert outcome.stdout.count("\n") == 1

@@ -556,6 +556,17 @@ def test_command_tells_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_folder_of_pngs_that_is_a_file_is_told_by_its_own_name(tmp_path: Path) -> None:
+    """The page was said to be at fault, and had been written."""
+    path, page = write(tmp_path / "run.json", SHORT), tmp_path / "page.html"
+    command = ["perf", "report", str(path), "--output", str(page), "--png-dir", str(path)]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 2
+    assert done.stderr == f"error: --png-dir {path} is no directory (File exists); give another\n"
+    assert not page.exists()
+    assert json.loads(path.read_text("utf-8")) == SHORT
+
+
 def test_place_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
     path = write(tmp_path / "run.json", EMPTY)
     with pytest.raises(ConfigError, match="cannot be written"):

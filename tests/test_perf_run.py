@@ -33,9 +33,9 @@ from perf.peers import PeerFailed
 from perf.run import trace_path
 from perf.shapes import write_shape
 from perf.step_probe import StepProbe
-from perf.workloads import WORKLOADS, Lengths, Workload, largest_scale
+from perf.workloads import WORKLOADS, Lengths, Workload, largest_scale, scaled
 
-RUN = ["perf", "run", "--model", "demo", "--scale", "0.004", "--repeats", "1", "--workload"]
+RUN = ["perf", "run", "--model", "demo", "--scale", "0.015", "--repeats", "1", "--workload"]
 
 
 def invoke(output: Path, *more: str) -> int:
@@ -195,16 +195,52 @@ def test_lengths_that_the_model_does_not_take_are_refused_with_a_scale_that_fits
     tmp_path: Path,
 ) -> None:
     command = ["perf", "run", "--model", "demo", "--repeats", "1", "--scale", "0.05"]
-    command += ["--workload", "latency", "--workload", "decode-0.6b", "--workload", "decode-8b"]
+    command += ["--workload", "decode-0.6b", "--workload", "decode-8b"]
     command += ["--output", str(tmp_path / "r.json")]
     done = CliRunner().invoke(cli.app, command)
     assert done.exit_code == 2
-    assert done.stderr == (
-        "error: the longest sequence has 229 tokens, the model takes 64; lower --scale to 0.0098\n"
-    )
-    both = [WORKLOADS["latency"], WORKLOADS["decode-0.6b"]]
-    assert max(w.max_len(0.0098) for w in both) <= 64 < max(w.max_len(0.0099) for w in both)
-    assert largest_scale([WORKLOADS["decode-0.6b"]], 24) is None
+    longest = "the longest sequence has 229 tokens, the model takes 64; "
+    assert done.stderr == f"error: {longest}lower --scale to 0.0098\n"
+    decode = WORKLOADS["decode-0.6b"]
+    assert decode.max_len(0.0098) <= 64 < decode.max_len(0.0099)
+    assert largest_scale([decode], 24) is None
+    # Of which nothing would be left of the other.
+    done = CliRunner().invoke(cli.app, [*command, "--workload", "latency"])
+    assert done.exit_code == 2
+    assert done.stderr == f"error: {longest}take other workloads\n"
+
+
+NOTHING_LEFT = ", which leaves one token of each length of latency; give 0.012 to 0.4\n"
+SCALES = {
+    "1e300": "--scale is 1e+300; give a number above 0 and up to 1000\n",
+    "1e308": "--scale is 1e+308; give a number above 0 and up to 1000\n",
+    "nan": "--scale is nan; give a number above 0 and up to 1000\n",
+    "-1": "--scale is -1.0; give a number above 0 and up to 1000\n",
+    "1000": "the longest sequence has 160000 tokens, the model takes 64; lower --scale to 0.4\n",
+    "1e-300": f"--scale is 1e-300{NOTHING_LEFT}",
+    "0.011": f"--scale is 0.011{NOTHING_LEFT}",
+}
+
+
+@pytest.mark.parametrize(("scale", "line"), SCALES.items(), ids=SCALES)
+def test_scale_that_leaves_nothing_or_too_much_is_refused(
+    scale: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of 0 ms was a result, and a number of 300 digits an error."""
+    monkeypatch.setattr(perf.run, "_run_group", lambda *arguments: {})
+    command = ["perf", "run", "--model", "demo", "--workload", "latency", "--scale", scale]
+    done = CliRunner().invoke(cli.app, [*command, "--output", str(tmp_path / "r.json")])
+    assert done.exit_code == 2
+    assert done.stderr == f"error: {line}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_least_scale_leaves_a_length() -> None:
+    for workload in WORKLOADS.values():
+        if workload.kind != "startup":
+            least = workload.least_scale()
+            assert scaled(workload.longest(), least) == 2
+            assert scaled(workload.longest(), least * 0.9) == 1
 
 
 def test_start_up_has_no_lengths_to_refuse() -> None:
@@ -228,8 +264,8 @@ def test_workloads_of_one_model_share_an_engine(
         return make_llm(path, max_len, workloads, *more)
 
     monkeypatch.setattr(perf.run, "make_llm", counted)
-    assert invoke(tmp_path / "result.json", "--workload", "seed-8b") == 0
-    assert made == [["latency", "seed-8b"]]
+    assert invoke(tmp_path / "result.json", "--workload", "prefill-8b") == 0
+    assert made == [["latency", "prefill-8b"]]
 
 
 def test_largest_scale_draws_each_workload_once() -> None:
@@ -282,7 +318,7 @@ def test_unknown_peer_is_refused_before_anything_runs(tmp_path: Path) -> None:
 
 def test_every_mode_writes_a_trace_of_its_own(tmp_path: Path) -> None:
     trace = tmp_path / "t.json"
-    more = ["--mode", "async", "--mode", "sync", "--trace", str(trace), "--workload", "seed-8b"]
+    more = ["--mode", "async", "--mode", "sync", "--trace", str(trace), "--workload", "prefill-8b"]
     assert invoke(tmp_path / "result.json", *more) == 0
     traces = [f"t.demo-{mode}.json" for mode in ("async", "sync")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", *traces]
