@@ -53,7 +53,7 @@ def run(
     save: Callable[[Json], None] = lambda result: None,
     trace: Path | None = None,
 ) -> Json:
-    """The result file's contents: see the README of the figures' meaning.
+    """The result file's contents: docs/figures.md tells what each figure means.
 
     attention: EngineConfig's, of all but "startup".
     model: a checkpoint instead of each workload's random-weight shape. Workloads of one model and

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -587,6 +588,13 @@ def test_folder_of_unlike_runs_is_refused(tmp_path: Path) -> None:
 # --- perf run
 
 
+def units_told() -> dict[str, str]:
+    """By figure, as docs/figures.md tells what each one means."""
+    text = (Path(__file__).parent.parent / "docs" / "figures.md").read_text("utf-8")
+    rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", text, re.MULTILINE)
+    return {name: unit for names, unit in rows for name in re.findall(r"`([^`]+)`", names)}
+
+
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_every_workload_runs_on_the_demo_model(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -610,6 +618,9 @@ def test_every_workload_runs_on_the_demo_model(
     assert summary["medians"][name]["async"] == {
         key: figure["median"] for key, figure in figures.items()
     }
+    told = units_told()
+    for key, figure in figures.items():
+        assert told[re.sub(r"\[\d+ x \d+\]", "[ROWS x CONTEXT]", key)] == figure["unit"]
     assert all(key in outcome.stderr for key in figures), "the table is cut"
     assert load_side(output).figures.keys() == {(name, "async", key) for key in figures}
 
