@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import perf.engine_figures
+import perf.host_loop
 from graphengine import LLM
 
 # Arguments, of which OUT is where the result goes, and what is said of them.
@@ -90,6 +92,31 @@ def test_modes_are_compared_by_their_tokens(
         "rows_that_differ": {"async": 0, "eager": 2},
         "distinct_outputs": 2,
     }
+
+
+def test_host_loop_says_that_it_tells_the_fastest_repeat_and_the_median_beside_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fastest passed for what a step takes."""
+    times = iter([0.3, 0.2, 0.5])
+
+    def made_up(*arguments: Any, **options: Any) -> dict[str, float]:
+        return {"host_ms_per_decode_step": next(times)}
+
+    monkeypatch.setattr(perf.host_loop, "measure", made_up)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(
+        perf.host_loop, "LLM", lambda *arguments, **options: SimpleNamespace(close=int)
+    )
+    monkeypatch.setattr(perf.host_loop, "without_model", lambda llm: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda num: None)
+    monkeypatch.setattr(sys, "argv", ["host_loop", "--load", "steady"])
+    perf.host_loop.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["reported"] == "the fastest of 3 repeats"
+    assert found["host_ms_per_decode_step"] == 0.2
+    assert found["median_host_ms_per_decode_step"] == 0.3
+    assert found["host_ms_per_decode_step_of_repeats"] == [0.3, 0.2, 0.5]
 
 
 STARTS = {
