@@ -22,7 +22,7 @@ from graphengine.options import Attention, environment_defaults
 from graphengine.output_file import check_output_path, print_line
 from perf.compare import Comparison, Key, compare, load_side
 from perf.result_file import check_result_path, write_result
-from perf.workloads import WORKLOADS
+from perf.workloads import MAX_SCALE, WORKLOADS
 
 TOO_SLOW = 1
 FAILED_PEER = 1
@@ -86,8 +86,8 @@ def run_command(
     written, else 0.
     """
     with errors_as_exit_codes():
-        if not (math.isfinite(scale) and scale > 0.0):
-            raise ConfigError(f"--scale is {scale}; give a number above 0")
+        if not 0.0 < scale <= MAX_SCALE:  # nor NaN
+            raise ConfigError(f"--scale is {scale}; give a number above 0 and up to {MAX_SCALE}")
         if repeats < 1:
             raise ConfigError(f"--repeats is {repeats}; give 1 or more")
         # Hours may pass before it is written.

@@ -296,6 +296,7 @@ def _side(name: str, result: Json) -> Side:
         may_change={
             "commit": of_machine("commit"),
             "uncommitted changes": of_machine("is_dirty"),
+            "sources": environment.get("source_hash"),  # files before it have none
             "python": of_machine("python"),
             "platform": of_machine("platform"),
             "cuda": of_machine("cuda"),

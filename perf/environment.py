@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,6 +18,8 @@ import torch
 import graphengine
 
 _PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-4", "transformers", "numpy")
+_PACKAGES_WHOLE = ("captures", "graphengine")
+_SOURCES = (".py", ".cu", ".cuh", ".json")
 _QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 # Of the sum, back to back between two waits for the device.
 _PASSES = 8
@@ -31,8 +34,8 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": _cpu_name(),
         "num_cpus": os.cpu_count(),
-        "commit": commit(),
-        "is_dirty": bool(_git("status", "--porcelain")),
+        **_commit(),
+        "source_hash": source_hash(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
         "cuda": torch.version.cuda,
         "gpu": gpu_state(),
@@ -40,9 +43,32 @@ def environment() -> dict[str, Any]:
     return found
 
 
-def commit() -> str:
-    """Of the code that runs, wherever it is run from: GRAPHENGINE_COMMIT, or what git says."""
-    return os.environ.get("GRAPHENGINE_COMMIT") or _git("rev-parse", "HEAD")
+def _commit() -> dict[str, str | bool | None]:
+    """Of the code that runs, wherever it is run from: GRAPHENGINE_COMMIT, or what git says. Whether
+    a commit has changes is known of git's own alone, else None."""
+    if given := os.environ.get("GRAPHENGINE_COMMIT"):
+        return {"commit": given, "is_dirty": None}
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain") if commit else None
+    return {"commit": commit or "", "is_dirty": None if changes is None else bool(changes)}
+
+
+def source_hash() -> str:
+    """SHA-256 of the code that runs, by which a figure can be tied to a tree where no commit can.
+    In a clone of that tree the same is printed by
+
+    git ls-files captures graphengine 'perf/*.py' | grep -E '\\.(py|cu|cuh|json)$' | LC_ALL=C sort |
+        xargs sha256sum | sha256sum"""
+    root = Path(graphengine.__file__).parent.parent
+    paths = [path for name in _PACKAGES_WHOLE for path in (root / name).rglob("*.*")]
+    named = {
+        path.relative_to(root).as_posix(): path
+        for path in (*paths, *(root / "perf").glob("*.py"))
+        if path.suffix in _SOURCES
+    }
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in named.items()}
+    listed = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
+    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def device_name() -> str:
@@ -52,7 +78,7 @@ def device_name() -> str:
 def gpu_state() -> dict[str, str]:
     """Driver, clocks and temperature as nvidia-smi tells them now; empty without it."""
     line = _run("nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader", "-i", "0")
-    values = [value.strip() for value in line.split(",")]
+    values = [value.strip() for value in (line or "").split(",")]
     names = _QUERY.split(",")
     return dict(zip(names, values, strict=True)) if len(values) == len(names) else {}
 
@@ -104,18 +130,19 @@ def _cpu_name() -> str:
     return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
 
 
-def _git(*arguments: str) -> str:
-    """What git says of the package's repository. Empty where it lies in none, or, as an installed
+def _git(*arguments: str) -> str | None:
+    """What git says of the package's repository. None where it lies in none, or, as an installed
     one, in one that does not have it."""
     file = Path(graphengine.__file__)
     git = ("git", "-C", str(file.parent))
     is_tracked = _run(*git, "ls-files", "--error-unmatch", file.name)
-    return _run(*git, *arguments) if is_tracked else ""
+    return _run(*git, *arguments) if is_tracked else None
 
 
-def _run(*command: str) -> str:
+def _run(*command: str) -> str | None:
+    """What it prints; None if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -20,17 +20,21 @@ from pathlib import Path
 from typing import Any
 
 from graphengine.config import EngineConfig
+from graphengine.errors import ConfigError, GraphEngineError
 from graphengine.intake import derived_seed
 from graphengine.request import Request, SamplingParams
 from perf.figures import figure
 from perf.result_file import result_path, write_result
+from perf.script import check_least, check_shape, errors_as_exit
 from perf.shapes import SHAPES, write_shape
 
 _DEMO = "demo"
 _MOST_DEMO_TOKENS = 40
+_MAX_LEN = 2048  # of a real shape's sequences
 _SEED = 0
 
 
+@errors_as_exit()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=(_DEMO, *SHAPES), default=_DEMO)
@@ -41,6 +45,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=result_path, required=True)
     options = parser.parse_args()
+    counts = ("rows", "prompt_tokens", "output_tokens", "max_num_seqs", "repeats")
+    check_least(options, 1, *counts)
+    num_tokens = options.prompt_tokens + options.output_tokens
+    if options.shape != _DEMO and num_tokens > _MAX_LEN:
+        raise ConfigError(
+            f"--prompt-tokens and --output-tokens are {num_tokens} together; give {_MAX_LEN} or "
+            "fewer"
+        )
+    check_shape(options.shape, instead="without one give --shape demo")
     samples: dict[str, list[float]] = {"generate": [], "job": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -94,8 +107,10 @@ def _run(told: str) -> float:
         [sys.executable, "-m", "perf.job_overhead", "--child", told],
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
+        check=False,
     )
+    if done.returncode:  # what it said is on standard error
+        raise GraphEngineError(f"a process that was measured ends with {done.returncode}: {told}")
     return float(done.stdout.splitlines()[-1])
 
 
@@ -107,7 +122,7 @@ def _child(told: dict[str, Any]) -> float:
         skip_tokenizer_init=not is_demo,
         load_format="auto" if is_demo else "dummy",
         max_num_seqs=told["max_num_seqs"],
-        max_model_len=64 if is_demo else 2048,
+        max_model_len=64 if is_demo else _MAX_LEN,
         seed=_SEED,
     )
     tokens = _num_output_tokens(is_demo, told["tokens"])
@@ -156,6 +171,7 @@ def _job(engine: EngineConfig, params: SamplingParams, source: Path, output: Pat
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        print(_child(json.loads(sys.argv[2])))
+        with errors_as_exit():
+            print(_child(json.loads(sys.argv[2])))
     else:
         main()

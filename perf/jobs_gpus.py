@@ -24,12 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from graphengine.errors import ConfigError, GraphEngineError
+from graphengine.jobs.config import MAX_WORKERS
 from graphengine.jobs.workers import VISIBLE, visible_gpus
 from perf.jobs_kill import children, is_worker
 from perf.result_file import result_path, write_result
+from perf.script import check_gpu, check_least, check_shape, errors_as_exit
 from perf.shapes import SHAPES, write_shape
 
 _DEMO = "demo"
+_WITHOUT_GPU = "--device cpu --shape demo --workers-list 1,2"
 _LOOK_INTERVAL_S = 0.02
 # What issue 6 asks of two GPUs.
 _WANTED = {"speedup": 1.95, "fed_gpu_busy": 0.98, "tail_share": 0.03}
@@ -94,8 +98,8 @@ class Run:
 
     def wait(self, kill: str | None = None) -> dict[str, Any]:
         """Until the job is over; kills the last worker on the way: ONCE, or FOR_GOOD with all that
-        take its place. The job's summary and what became of its rows. Raises RuntimeError for a
-        job that fails."""
+        take its place. The job's summary and what became of its rows. Raises GraphEngineError
+        for a job that fails, or ends before a worker was killed."""
         found: dict[str, Any] = {}
         try:
             if kill is not None:
@@ -104,7 +108,8 @@ class Run:
         finally:
             self._process.kill()
         if self._process.returncode != 0:
-            raise RuntimeError(f"the job ends with exit code {self._process.returncode}: {stdout}")
+            code = self._process.returncode
+            raise GraphEngineError(f"the job ends with exit code {code}: {stdout}")
         found["wall_s"] = round(time.perf_counter() - self._began_s, 2)
         found["rows"] = self._account()
         found["summary"] = json.loads(stdout.splitlines()[-1])
@@ -119,7 +124,9 @@ class Run:
         half = len(self._load.max_tokens) // 2
         while self._count() < half or len(self._workers()) < 2:
             if self._process.poll() is not None:
-                raise RuntimeError("the job ended before a worker was killed")
+                raise GraphEngineError(
+                    "the job ended before a worker was killed; give more --rows, or see its error"
+                )
             time.sleep(_LOOK_INTERVAL_S)
         first = self._workers()
         _kill(first[-1])
@@ -198,6 +205,19 @@ def _compared(one: dict[str, Any], many: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _check_workers(counts: list[str], *, has_kill: bool) -> None:
+    for workers in counts:
+        is_number = workers.isascii() and workers.isdecimal() and 1 <= int(workers) <= MAX_WORKERS
+        if not (is_number or workers == "auto"):
+            raise ConfigError(
+                f"--workers-list holds {workers!r}; give numbers from 1 to {MAX_WORKERS}, or auto, "
+                "with commas between"
+            )
+    if has_kill and counts[-1] == "1":
+        raise ConfigError("--kill needs a second worker; end --workers-list with more than 1")
+
+
+@errors_as_exit()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=(_DEMO, *SHAPES), default="qwen3-0.6b")
@@ -209,9 +229,15 @@ def main() -> None:
     parser.add_argument("--kill", action="store_true")
     parser.add_argument("--output", type=result_path, required=True)
     options = parser.parse_args()
-    is_cuda = options.device == "cuda"
-    gpus = visible_gpus(os.environ) if is_cuda else []
     counts = options.workers_list.split(",")
+    check_least(options, 1, "rows", "max_num_seqs")
+    check_least(options, 0, "warm_up_rows")
+    _check_workers(counts, has_kill=options.kill)
+    is_cuda = options.device == "cuda"
+    if is_cuda:
+        check_gpu(f"give {_WITHOUT_GPU}")
+    check_shape(options.shape, instead=f"without one give {_WITHOUT_GPU}")
+    gpus = visible_gpus(os.environ) if is_cuda else []
     cases: list[tuple[str, str | None]] = [(workers, None) for workers in counts]
     if options.kill:
         cases += [(counts[-1], ONCE), (counts[-1], FOR_GOOD)]

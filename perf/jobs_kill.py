@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from perf.result_file import result_path, write_result
+from perf.script import check_least, errors_as_exit
 
 NUM_ROWS = 2000
 _OPTIONS = ("--device=cpu", "--temperature=1.5", "--max-tokens=12", "--seed=7", "--token-ids")
@@ -206,13 +207,22 @@ def fill_disk(form: str, source: Path, folder: Path) -> tuple[int, str, int, Pat
     return code, stderr.splitlines()[-1], num_kept, output
 
 
+@errors_as_exit()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=result_path, required=True)
     options = parser.parse_args()
-    rng = random.Random(options.seed)
+    check_least(options, 1, "kills")
+    result = _measure(options.kills, options.seed)
+    print(json.dumps({key: value for key, value in result.items() if key != "jobs"}), flush=True)
+    write_result(result, options.output)
+
+
+def _measure(most_kills: int, seed: int) -> dict[str, Any]:
+    """Jobs by form in turn until there were `most_kills`, then those on a full disk."""
+    rng = random.Random(seed)
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -221,7 +231,7 @@ def main() -> None:
         expected = _undisturbed(source, folder)
         jobs: list[dict[str, Any]] = []
         num_kills = 0
-        while num_kills < options.kills:
+        while num_kills < most_kills:
             form = list(FORMS)[len(jobs) % len(FORMS)]
             shutil.rmtree(folder / "job", ignore_errors=True)
             (folder / "job").mkdir()
@@ -235,7 +245,7 @@ def main() -> None:
     totals = {
         key: sum(job[key] for job in jobs) for key in jobs[0] if key not in ("form", "is_same")
     }
-    result = {
+    return {
         "num_rows": NUM_ROWS,
         "num_kills": num_kills,
         "num_jobs": len(jobs),
@@ -245,8 +255,6 @@ def main() -> None:
         "seconds": round(time.monotonic() - began_s, 1),
         "jobs": jobs,
     }
-    print(json.dumps({key: value for key, value in result.items() if key != "jobs"}), flush=True)
-    write_result(result, options.output)
 
 
 def _undisturbed(source: Path, folder: Path) -> dict[bool, list[bytes]]:

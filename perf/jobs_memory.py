@@ -14,23 +14,32 @@ import sys
 import tempfile
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from graphengine.errors import ConfigError
+from graphengine.output_file import check_output_path, write_errors
 from perf.result_file import result_path, write_result
+from perf.script import check_least, errors_as_exit
 
 _SIZES = (10_000, 1_000_000)
 _FORMS = {"jsonl": "out.jsonl", "parquet": "out"}
+_CHART_ENDINGS = (".png", ".svg", ".pdf")
 _SAMPLE_S = 0.2
 _NUM_BLOCKS = 20  # of rows, whose time is compared
 
 
+@errors_as_exit()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs=2, default=_SIZES)
     parser.add_argument("--output", type=result_path, required=True)
-    parser.add_argument("--chart", type=Path)
+    parser.add_argument("--chart")
     options = parser.parse_args()
+    check_least(options, 1, "rows")
+    if options.chart is not None:
+        _check_chart(options.chart)
     runs: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as name:
         for form, output in _FORMS.items():
@@ -53,7 +62,18 @@ def main() -> None:
     print(json.dumps(result), flush=True)
     write_result({**result, "runs": runs}, options.output)
     if options.chart is not None:
-        _draw(runs, options.chart)
+        with write_errors(options.chart):
+            _draw(runs, Path(options.chart))
+
+
+def _check_chart(chart: str) -> None:
+    """Raises ConfigError if it could not be drawn once all is measured."""
+    check_output_path(chart, None, option="--chart")
+    if not chart.endswith(_CHART_ENDINGS):
+        endings = " or ".join(_CHART_ENDINGS)
+        raise ConfigError(f"--chart is {chart}; give a name that ends in {endings}")
+    if find_spec("matplotlib") is None:
+        raise ConfigError("--chart needs matplotlib, which is not installed; leave it out")
 
 
 def _measure(num_rows: int, folder: Path, output: str) -> dict[str, Any]:

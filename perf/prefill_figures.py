@@ -27,6 +27,7 @@ from graphengine.errors import GraphEngineError
 from perf.prefill_inputs import attention_flops, attention_inputs, time_us
 from perf.prefill_layers import chunk, row_kernels
 from perf.result_file import result_path, write_result
+from perf.script import check_gpu, check_names, errors_as_exit
 
 Figures = dict[str, Any]
 BACKENDS = ("flash", "flash4")
@@ -186,12 +187,15 @@ def products() -> Figures:
     return figures
 
 
+@errors_as_exit()
 def main() -> None:
     names = ("check", "chunk", "attention", "row_kernels", "products", "first_call")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(names)}")
     parser.add_argument("--output", type=result_path)
     arguments = parser.parse_args()
+    check_names("part", arguments.parts, names)
+    check_gpu("prefills are measured on one")
     lines: list[Figures] = []
 
     def say(line: Figures) -> None:

@@ -47,12 +47,18 @@ def build_report(paths: list[Path], output: Path, png_dir: Path | None = None) -
 
     charts = [_charts(result) for result in results]
     page = _page(results, charts)
+    if png_dir is not None:
+        try:
+            png_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"--png-dir {clean(png_dir)} is no directory ({error.strerror}); give another"
+            ) from error
     written = [output]
     path = output
     try:
         output.write_text(page, "utf-8")
         if png_dir is not None:
-            png_dir.mkdir(parents=True, exist_ok=True)
             for result, found in zip(results, charts, strict=True):
                 for chart in found:
                     stem = chart.name if len(results) == 1 else f"{result.name}-{chart.name}"

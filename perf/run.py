@@ -7,7 +7,7 @@ import gc
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from perf.environment import environment, gpu_state, read_bandwidth
 from perf.figures import merge
 from perf.peers import PEERS, PeerFailed, check_installed, measure_peer
 from perf.recorded import SCHEMA
+from perf.script import check_names
 from perf.shapes import SHAPES, write_shape
 from perf.startup import measure_startup
 from perf.step_probe import StepProbe, Values
@@ -52,7 +53,7 @@ def run(
     save: Callable[[Json], None] = lambda result: None,
     trace: Path | None = None,
 ) -> Json:
-    """The result file's contents: see the README of the figures' meaning.
+    """The result file's contents: docs/figures.md tells what each figure means.
 
     attention: EngineConfig's, of all but "startup".
     model: a checkpoint instead of each workload's random-weight shape. Workloads of one model and
@@ -60,10 +61,11 @@ def run(
     alike. `save` is called with what there is after each of these groups, since a run of minutes
     may be cut short. Each of these engines writes a trace beside `trace`, its model and mode in the
     name. Raises ConfigError for a workload, mode or peer that does not exist or is not there,
-    for lengths that the model does not take, and for a shape's random weights without a GPU."""
-    _check_names("workload", names, WORKLOADS)
-    _check_names("mode", modes, MODES)
-    _check_names("peer", list(peers), PEERS)
+    for lengths that the model does not take or of which nothing is left, and for a shape's random
+    weights without a GPU."""
+    check_names("workload", names, WORKLOADS)
+    check_names("mode", modes, MODES)
+    check_names("peer", peers, PEERS)
     check_installed(peers)
     chosen = [WORKLOADS[name] for name in names]
     if model is None and not torch.cuda.is_available():
@@ -168,12 +170,6 @@ def trace_path(trace: Path, model: str, mode: str) -> Path:
     return trace.with_name(f"{trace.stem}.{name}-{mode}{trace.suffix}")
 
 
-def _check_names(kind: str, names: list[str], known: Mapping[str, object]) -> None:
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"no {kind} {name!r}; choose from {', '.join(known)}")
-
-
 def _limit_of(model: str | None, shape: str) -> int:
     """Tokens of the longest sequence that the model takes."""
     if model is None:
@@ -184,12 +180,20 @@ def _limit_of(model: str | None, shape: str) -> int:
 def _check_lengths(limit: int, workloads: list[Workload], scale: float) -> None:
     workloads = [workload for workload in workloads if workload.kind != "startup"]
     longest = max((workload.max_len(scale) for workload in workloads), default=0)
-    if longest <= limit:
+    leasts = {workload.name: workload.least_scale() for workload in workloads}
+    name, least = max(leasts.items(), key=lambda item: item[1], default=("", 0.0))
+    if longest <= limit and scale >= least:
         return
     fitting = largest_scale(workloads, limit)
+    is_some = fitting is not None and fitting >= least
+    if longest > limit:
+        raise ConfigError(
+            f"the longest sequence has {longest} tokens, the model takes {limit}; "
+            + (f"lower --scale to {fitting:g}" if is_some else "take other workloads")
+        )
     raise ConfigError(
-        f"the longest sequence has {longest} tokens, the model takes {limit}; "
-        + ("take other workloads" if fitting is None else f"lower --scale to {fitting:g}")
+        f"--scale is {scale:g}, which leaves one token of each length of {name}; "
+        + (f"give {least:g} to {fitting:g}" if is_some else "take other workloads")
     )
 
 

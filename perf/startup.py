@@ -95,4 +95,10 @@ if __name__ == "__main__":
         print("usage: python -m perf.startup MODEL_DIRECTORY", file=sys.stderr)
         print("one process of `graphengine perf run --workload startup`", file=sys.stderr)
         sys.exit(2)
-    _child(sys.argv[1])
+    try:
+        _child(sys.argv[1])
+    except GraphEngineError as error:
+        from graphengine.exit_codes import BAD_INPUT, tell  # nor this
+
+        tell(error)
+        sys.exit(BAD_INPUT)

@@ -22,11 +22,12 @@ from typing import Any
 import torch
 
 from graphengine import LLM
-from graphengine.errors import ConfigError, GraphEngineError
+from graphengine.errors import ConfigError
 from perf.environment import environment, read_bandwidth
 from perf.kernel_accounts import KernelEvent, StepFloors, account
 from perf.result_file import result_path, write_result
 from perf.run import make_llm
+from perf.script import check_gpu, errors_as_exit
 from perf.shapes import SHAPES, write_shape
 from perf.step_probe import StepProbe
 from perf.workloads import GRID_STEPS, Workload
@@ -110,6 +111,7 @@ def point(text: str) -> tuple[int, int]:
     return int(rows), int(context)
 
 
+@errors_as_exit()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -118,10 +120,7 @@ def main() -> None:
     parser.add_argument("--point", action="append", required=True, metavar="ROWSxCONTEXT")
     parser.add_argument("--output", type=result_path)
     args = parser.parse_args()
-    try:
-        run(args.shape, tuple(map(point, args.point)), args.output)
-    except GraphEngineError as error:
-        parser.error(str(error))
+    run(args.shape, tuple(map(point, args.point)), args.output)
 
 
 def run(shape: str, points: tuple[tuple[int, int], ...], output: Path | None) -> None:
@@ -134,8 +133,7 @@ def run(shape: str, points: tuple[tuple[int, int], ...], output: Path | None) ->
                 f"--point {rows}x{context} is too long for {shape}; give a context of {limit} or "
                 "less"
             )
-    if not torch.cuda.is_available():
-        raise ConfigError("kernels are profiled on a CUDA device; torch sees none here")
+    check_gpu("kernels are profiled on one")
     bytes_per_s = read_bandwidth()
     result: Json = {
         "environment": environment(),

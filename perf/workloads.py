@@ -34,9 +34,29 @@ class Workload:
             return max(scaled(context, scale) for _, context in self.points) + GRID_STEPS
         return max((sum(pair) for pair in self.lengths(scale)), default=256)
 
+    def longest(self) -> int:
+        """Tokens of the longest prompt, output or context, at scale 1. Of kind "startup" 0."""
+        if self.kind == "grid":
+            return max(context for _, context in self.points)
+        return max((length for pair in self.draw() for length in pair), default=0)
+
+    def least_scale(self) -> float:
+        """Of the scales with two digits the least that leaves more than one token of some length;
+        0 if there are none. Below it there is no decode step."""
+        longest = self.longest()
+        if longest == 0:
+            return 0.0
+        return next(scale for scale in _two_digit_scales() if scaled(longest, scale) > 1)
+
 
 # Steps timed at each point of a grid, after the same number that warms up.
 GRID_STEPS = 24
+# Past every model: longer ones are no load but a mistake.
+MAX_SCALE = 1000
+
+
+def _two_digit_scales() -> list[float]:
+    return [float(f"{digits}e{power}") for power in range(-6, 3) for digits in range(10, 100)]
 
 
 def scaled(length: int, scale: float) -> int:
@@ -51,7 +71,7 @@ def largest_scale(workloads: Sequence[Workload], limit: int) -> float | None:
     """Of the scales with two digits the largest whose sequences have at most `limit` tokens; None
     if the shortest are too long."""
     drawn = [replace(workload, draw=partial(list, workload.draw())) for workload in workloads]
-    scales = [float(f"{digits}e{power}") for power in range(-6, 3) for digits in range(10, 100)]
+    scales = _two_digit_scales()
     num_fit = bisect.bisect_right(
         scales, limit, key=lambda scale: max(workload.max_len(scale) for workload in drawn)
     )
@@ -95,6 +115,8 @@ WORKLOADS = {
         ),
         Workload("limits-0.6b", "qwen3-0.6b", "grid", points=((1, 256), (32, 640), (256, 512))),
         Workload("mixed-0.6b", "qwen3-0.6b", "run", mixed(256)),
+        # All rows from the first decode step to the last: host time of a step at 256 rows.
+        Workload("steady-0.6b", "qwen3-0.6b", "run", _same(256, 256, 512)),
         Workload("mixed-8b", "llama-8b", "run", mixed(512)),
         Workload("prefill-8b", "llama-8b", "run", _same(64, 4096, 16)),
         Workload("latency", "qwen3-0.6b", "run", _same(1, 32, 128)),

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -498,6 +499,16 @@ def test_changed_versions_are_printed_and_compared(tmp_path: Path) -> None:
     assert "changed: driver: None -> 580\n" in outcome.stderr
 
 
+def test_trees_of_one_commit_are_told_apart_by_their_sources(tmp_path: Path) -> None:
+    """A commit that was told says nothing of a tree's changes. Files before have no hash."""
+    old, new = result(), result()
+    new["environment"] |= {"is_dirty": None, "source_hash": "5eed"}
+    outcome = run_compare(write(tmp_path / "a", old), write(tmp_path / "b", new))
+    assert outcome.exit_code == 0
+    assert "changed: sources: None -> 5eed\n" in outcome.stderr
+    assert "changed: uncommitted changes: False -> None\n" in outcome.stderr
+
+
 def test_figures_of_one_side_are_named(tmp_path: Path) -> None:
     new = result()
     figures = new["workloads"]["latency"]["async"]["figures"]
@@ -577,6 +588,13 @@ def test_folder_of_unlike_runs_is_refused(tmp_path: Path) -> None:
 # --- perf run
 
 
+def units_told() -> dict[str, str]:
+    """By figure, as docs/figures.md tells what each one means."""
+    text = (Path(__file__).parent.parent / "docs" / "figures.md").read_text("utf-8")
+    rows = re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", text, re.MULTILINE)
+    return {name: unit for names, unit in rows for name in re.findall(r"`([^`]+)`", names)}
+
+
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_every_workload_runs_on_the_demo_model(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -585,9 +603,10 @@ def test_every_workload_runs_on_the_demo_model(
     # 24 steps at each of 18 points take a quarter of a minute.
     monkeypatch.setattr(perf.step_probe, "GRID_STEPS", 2)
     output = tmp_path / "result.json"
+    scale = max(0.004, WORKLOADS[name].least_scale())
     outcome = CliRunner().invoke(
         app,
-        f"perf run --workload {name} --model demo --scale 0.004 --repeats 1 --output {output}",
+        f"perf run --workload {name} --model demo --scale {scale} --repeats 1 --output {output}",
     )
     assert outcome.exit_code == 0, outcome.stderr
     assert outcome.stdout.count("\n") == 1
@@ -599,6 +618,9 @@ def test_every_workload_runs_on_the_demo_model(
     assert summary["medians"][name]["async"] == {
         key: figure["median"] for key, figure in figures.items()
     }
+    told = units_told()
+    for key, figure in figures.items():
+        assert told[re.sub(r"\[\d+ x \d+\]", "[ROWS x CONTEXT]", key)] == figure["unit"]
     assert all(key in outcome.stderr for key in figures), "the table is cut"
     assert load_side(output).figures.keys() == {(name, "async", key) for key in figures}
 

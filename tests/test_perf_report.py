@@ -244,6 +244,15 @@ def test_page_is_well_formed_and_shows_every_part(page: str) -> None:
     assert "580.1" in text
 
 
+def test_tree_of_a_commit_that_was_told_is_named_by_its_sources(tmp_path: Path) -> None:
+    result = gpu_result("latency")
+    result["environment"] |= {"is_dirty": None, "source_hash": "5eed" * 16}
+    text = page_of(tmp_path, result)
+    assert "with local changes" not in text
+    assert '<th>source_hash</th><td class="text">' + "5eed" * 16 in text
+    assert '<th>is_dirty</th><td class="text">–</td>' in text
+
+
 def test_page_loads_nothing(page: str) -> None:
     assert not re.search(r"https?:|//\w", page)
     assert "@import" not in page
@@ -545,6 +554,17 @@ def test_command_tells_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_folder_of_pngs_that_is_a_file_is_told_by_its_own_name(tmp_path: Path) -> None:
+    """The page was said to be at fault, and had been written."""
+    path, page = write(tmp_path / "run.json", SHORT), tmp_path / "page.html"
+    command = ["perf", "report", str(path), "--output", str(page), "--png-dir", str(path)]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 2
+    assert done.stderr == f"error: --png-dir {path} is no directory (File exists); give another\n"
+    assert not page.exists()
+    assert json.loads(path.read_text("utf-8")) == SHORT
 
 
 def test_place_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ import pytest
 
 import perf.engine_figures
 import perf.job_overhead
+import perf.jobs_gpus
+import perf.jobs_kill
 import perf.jobs_memory
 from graphengine.errors import ConfigError
 from perf.result_file import check_result_path, result_path, write_result
@@ -92,12 +94,32 @@ def test_standard_output_is_refused_where_the_summary_goes() -> None:
         result_path("-")
 
 
+class MadeUpRun:
+    """Of perf.jobs_gpus, where nothing runs."""
+
+    def __init__(self, *arguments: object, **options: object) -> None: ...
+
+    def wait(self, kill: str | None = None) -> dict[str, Any]:
+        workers = [{"fed_gpu_busy": None}]
+        return {"summary": {"workers": workers, "output_tokens_per_s": 1.0, "tail_share": 0.0}}
+
+    def token_ids(self) -> dict[int, list[int]]:
+        return {0: [1]}
+
+
 RUN = {"samples": [], "peak_mib": 1.0, "us_per_row": 1.0, "us_per_row_first_and_last_fifth": []}
 # What a script measures with, made up, and its options.
 SCRIPTS: dict[str, tuple[ModuleType, str, Callable[..., Any], list[str]]] = {
     "jobs_memory": (perf.jobs_memory, "_measure", lambda *arguments: RUN, []),
     "job_overhead": (perf.job_overhead, "_run", lambda told: 1.0, ["--rows", "1"]),
-    "engine_figures": (perf.engine_figures, "startup", lambda *arguments: {}, ["startup"]),
+    "engine_figures": (
+        perf.engine_figures,
+        "tokens_of",
+        lambda *arguments, **load: [[1], [2]],
+        ["host", "--shape", "tiny"],
+    ),
+    "jobs_kill": (perf.jobs_kill, "_measure", lambda *arguments: {"num_kills": 1, "jobs": []}, []),
+    "jobs_gpus": (perf.jobs_gpus, "Run", MadeUpRun, ["--device", "cpu", "--shape", "demo"]),
 }
 
 
@@ -111,7 +133,8 @@ def test_scripts_print_and_keep_what_was_there_if_they_cannot_write(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """They wrote in place: a disk that filled up left half a file, and of some nothing printed."""
+    """They wrote in place: a disk that filled up left half a file, and of some nothing printed.
+    Then they ended in a traceback."""
     path = tmp_path / "r.json"
     monkeypatch.setattr(module, name, made_up)
     monkeypatch.setattr(sys, "argv", [name, "--output", str(path), *options])
@@ -124,8 +147,13 @@ def test_scripts_print_and_keep_what_was_there_if_they_cannot_write(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(ConfigError, match="No space left on device"):
+    with pytest.raises(SystemExit) as ended:
         module.main()
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1])
+    assert printed.err.endswith(
+        f"error: {path}: No space left on device; make room or write the output elsewhere\n"
+    )
     assert path.read_text() == before
     assert [file.name for file in tmp_path.iterdir()] == ["r.json"]

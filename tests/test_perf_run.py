@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
-import os
 import subprocess
 import sys
 import time
@@ -24,17 +24,18 @@ from captures import CaptureReport
 from graphengine import LLM
 from graphengine.errors import ConfigError
 from graphengine.model_runner import Launched
-from graphengine.scheduler import DecodeBatch
+from graphengine.scheduler import DecodeBatch, PrefillBatch
 from graphengine.sequence_table import SequenceTable
 from perf.compare import load_side
 from perf.figures import merge
 from perf.host_loop import measure, without_model
 from perf.peers import PeerFailed
 from perf.run import trace_path
+from perf.shapes import write_shape
 from perf.step_probe import StepProbe
-from perf.workloads import WORKLOADS, Lengths, Workload, largest_scale
+from perf.workloads import WORKLOADS, Lengths, Workload, largest_scale, scaled
 
-RUN = ["perf", "run", "--model", "demo", "--scale", "0.004", "--repeats", "1", "--workload"]
+RUN = ["perf", "run", "--model", "demo", "--scale", "0.015", "--repeats", "1", "--workload"]
 
 
 def invoke(output: Path, *more: str) -> int:
@@ -194,16 +195,52 @@ def test_lengths_that_the_model_does_not_take_are_refused_with_a_scale_that_fits
     tmp_path: Path,
 ) -> None:
     command = ["perf", "run", "--model", "demo", "--repeats", "1", "--scale", "0.05"]
-    command += ["--workload", "latency", "--workload", "decode-0.6b", "--workload", "decode-8b"]
+    command += ["--workload", "decode-0.6b", "--workload", "decode-8b"]
     command += ["--output", str(tmp_path / "r.json")]
     done = CliRunner().invoke(cli.app, command)
     assert done.exit_code == 2
-    assert done.stderr == (
-        "error: the longest sequence has 229 tokens, the model takes 64; lower --scale to 0.0098\n"
-    )
-    both = [WORKLOADS["latency"], WORKLOADS["decode-0.6b"]]
-    assert max(w.max_len(0.0098) for w in both) <= 64 < max(w.max_len(0.0099) for w in both)
-    assert largest_scale([WORKLOADS["decode-0.6b"]], 24) is None
+    longest = "the longest sequence has 229 tokens, the model takes 64; "
+    assert done.stderr == f"error: {longest}lower --scale to 0.0098\n"
+    decode = WORKLOADS["decode-0.6b"]
+    assert decode.max_len(0.0098) <= 64 < decode.max_len(0.0099)
+    assert largest_scale([decode], 24) is None
+    # Of which nothing would be left of the other.
+    done = CliRunner().invoke(cli.app, [*command, "--workload", "latency"])
+    assert done.exit_code == 2
+    assert done.stderr == f"error: {longest}take other workloads\n"
+
+
+NOTHING_LEFT = ", which leaves one token of each length of latency; give 0.012 to 0.4\n"
+SCALES = {
+    "1e300": "--scale is 1e+300; give a number above 0 and up to 1000\n",
+    "1e308": "--scale is 1e+308; give a number above 0 and up to 1000\n",
+    "nan": "--scale is nan; give a number above 0 and up to 1000\n",
+    "-1": "--scale is -1.0; give a number above 0 and up to 1000\n",
+    "1000": "the longest sequence has 160000 tokens, the model takes 64; lower --scale to 0.4\n",
+    "1e-300": f"--scale is 1e-300{NOTHING_LEFT}",
+    "0.011": f"--scale is 0.011{NOTHING_LEFT}",
+}
+
+
+@pytest.mark.parametrize(("scale", "line"), SCALES.items(), ids=SCALES)
+def test_scale_that_leaves_nothing_or_too_much_is_refused(
+    scale: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of 0 ms was a result, and a number of 300 digits an error."""
+    monkeypatch.setattr(perf.run, "_run_group", lambda *arguments: {})
+    command = ["perf", "run", "--model", "demo", "--workload", "latency", "--scale", scale]
+    done = CliRunner().invoke(cli.app, [*command, "--output", str(tmp_path / "r.json")])
+    assert done.exit_code == 2
+    assert done.stderr == f"error: {line}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_least_scale_leaves_a_length() -> None:
+    for workload in WORKLOADS.values():
+        if workload.kind != "startup":
+            least = workload.least_scale()
+            assert scaled(workload.longest(), least) == 2
+            assert scaled(workload.longest(), least * 0.9) == 1
 
 
 def test_start_up_has_no_lengths_to_refuse() -> None:
@@ -227,8 +264,8 @@ def test_workloads_of_one_model_share_an_engine(
         return make_llm(path, max_len, workloads, *more)
 
     monkeypatch.setattr(perf.run, "make_llm", counted)
-    assert invoke(tmp_path / "result.json", "--workload", "seed-8b") == 0
-    assert made == [["latency", "seed-8b"]]
+    assert invoke(tmp_path / "result.json", "--workload", "prefill-8b") == 0
+    assert made == [["latency", "prefill-8b"]]
 
 
 def test_largest_scale_draws_each_workload_once() -> None:
@@ -281,7 +318,7 @@ def test_unknown_peer_is_refused_before_anything_runs(tmp_path: Path) -> None:
 
 def test_every_mode_writes_a_trace_of_its_own(tmp_path: Path) -> None:
     trace = tmp_path / "t.json"
-    more = ["--mode", "async", "--mode", "sync", "--trace", str(trace), "--workload", "seed-8b"]
+    more = ["--mode", "async", "--mode", "sync", "--trace", str(trace), "--workload", "prefill-8b"]
     assert invoke(tmp_path / "result.json", *more) == 0
     traces = [f"t.demo-{mode}.json" for mode in ("async", "sync")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["result.json", *traces]
@@ -366,6 +403,32 @@ def test_limits_are_measured_at_their_own_points(tmp_path: Path) -> None:
             assert figures[f"{name}[{point}]"]["median"] > 0.0
 
 
+def test_steady_workload_decodes_all_rows_from_start_to_end(tmp_path: Path) -> None:
+    """So that its host time of a step is that of 256 rows: "mixed" empties towards its end."""
+    workload = WORKLOADS["steady-0.6b"]
+    assert workload.draw() == [(256, 512)] * 256
+    scale = 0.25  # twice the tokens of one prefill step
+    options = {"load_format": "dummy"}
+    path = str(write_shape("tiny", tmp_path))
+    llm = perf.run.make_llm(path, workload.max_len(scale), [workload], scale, options)
+    rows: list[int] = []
+    with llm:
+        without_model(llm)
+        launch = llm._runner.launch
+
+        def watched(batch: DecodeBatch | PrefillBatch, table: SequenceTable) -> Launched:
+            if isinstance(batch, DecodeBatch):
+                rows.append(len(batch.rows))
+            return launch(batch, table)
+
+        llm._runner.launch = watched  # type: ignore[method-assign,assignment]
+        values, detail = perf.run._requests(workload, llm, scale, 1e9)
+    assert rows == [256] * 127
+    assert (detail["num_decode_steps"], detail["num_prefill_steps"]) == (127, 2)
+    assert values["host_ms_per_decode_step"][0] > 0.0
+    assert values["host_ms_per_decode_step"][1:] == ("ms", "lower")
+
+
 def test_steps_of_a_point_are_at_its_context_and_rows() -> None:
     contexts: list[float] = []
     places: list[tuple[int, int]] = []
@@ -398,32 +461,6 @@ def test_host_is_measured_without_the_model() -> None:
     assert (found["num_decode_steps"], found["num_prefill_steps"]) == (6 + 2, 2)
     assert found["median_ms"]["launch"] <= found["slowest_ms"]["launch"][-1]
     assert 0.0 < found["host_ms_per_decode_step"] < found["wall_ms_per_decode_step"]
-
-
-REFUSED = {
-    "repeats": ("host_loop --repeats 0", "--repeats is 0; give 1 or more"),
-    "shape": ("host_loop --shape qwen3-0.6b", "--shape is qwen3-0.6b, which needs a GPU"),
-    "start-up of nothing": ("startup", "usage: python -m perf.startup MODEL_DIRECTORY"),
-    "start-up's help": ("startup --help", "perf run --workload startup"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED)
-def test_scripts_say_what_they_do_not_take(arguments: str, words: str) -> None:
-    """A traceback, or another shape than was asked for."""
-    module, *options = arguments.split()
-    done = subprocess.run(
-        [sys.executable, "-m", f"perf.{module}", *options],
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
 
 
 def test_environment_names_both_packages_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,6 +497,49 @@ def test_commit_is_that_of_the_package_wherever_it_is_run_from(
     init = users / "graphengine" / "__init__.py"
     monkeypatch.setattr(perf.environment.graphengine, "__file__", str(init))
     found = perf.environment.environment()
-    assert (found["commit"], found["is_dirty"]) == ("", False)
+    assert (found["commit"], found["is_dirty"]) == ("", None)
+
+
+def test_given_commit_is_not_called_dirty_by_another_repository(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A copy of a tree told the state of the repository that it lay in, or was."""
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(perf.environment, "_git", lambda *arguments: asked.append(arguments))
     monkeypatch.setenv("GRAPHENGINE_COMMIT", "abc")
-    assert perf.environment.environment()["commit"] == "abc"
+    found = perf.environment.environment()
+    assert (found["commit"], found["is_dirty"], asked) == ("abc", None, [])
+
+
+def test_source_hash_is_that_of_the_tree_wherever_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "captures/b.py": "1",
+        "graphengine/__init__.py": "",
+        "graphengine/demo/model/config.json": "{}",
+        "graphengine/kernels/a.cu": "é",
+        "graphengine/kernels/a.cuh": "3",
+        "graphengine_more.py": "no",
+        "graphengine/kernels/a.cubin": "no",
+        "perf/results/old.json": "no",
+        "perf/run.py": "4",
+    }
+
+    def hash_of(folder: str, **changed: str) -> str:
+        for name, text in (files | changed).items():
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / name).write_text(text, "utf-8")
+        init = tmp_path / folder / "graphengine" / "__init__.py"
+        monkeypatch.setattr(perf.environment.graphengine, "__file__", str(init))
+        return str(perf.environment.environment()["source_hash"])
+
+    counted = sorted(name for name, text in files.items() if text != "no")
+    lines = [f"{hashlib.sha256(files[name].encode()).hexdigest()}  {name}\n" for name in counted]
+    first = hash_of("one")
+    assert first == hashlib.sha256("".join(lines).encode()).hexdigest()
+    monkeypatch.chdir(tmp_path / "one" / "perf")
+    assert hash_of("two") == hash_of("one") == first
+    assert hash_of("three", **{"perf/results/new.json": "{}", "README.md": "new"}) == first
+    assert hash_of("four", **{"graphengine/kernels/a.cu": "e"}) != first
+    assert hash_of("five", **{"captures/c.py": ""}) != first
