@@ -57,6 +57,7 @@ from graphengine.output_file import (
     TerminalWriter,
     TextWriter,
     Writer,
+    check_apart,
     check_output_path,
     write_errors,
     write_in_order,
@@ -194,6 +195,9 @@ def _generate(
     requests = check_prompts(prompts or []) if input is None else open_prompts(input)
     if output is not None:
         check_output_path(output, input)
+    if config.trace is not None:
+        check_output_path(config.trace, input, option="--trace")
+        check_apart([("--trace", config.trace), ("--output", STDOUT if output is None else output)])
 
     for name, value in environment_defaults().items():
         os.environ.setdefault(name, value)

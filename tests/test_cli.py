@@ -315,6 +315,57 @@ def test_interrupt_keeps_what_was_finished(tmp_path: Path) -> None:
     assert FakeLLM.made[0].is_closed
 
 
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--trace", "in.txt"], "--trace in.txt is the input file"),
+        (["--trace", "link.txt"], "--trace link.txt is the input file"),
+        (["--output", "link.txt"], "--output link.txt is the input file"),
+        (["--output", "o", "--trace", "o"], "--trace o is the file of --output o"),
+        (["--output", "o", "--trace", "./o"], "--trace ./o is the file of --output o"),
+        (["--trace", "-"], "--trace is -; give a file"),
+        (["--trace", "none/t.json"], "--trace none/t.json: no directory none; make it first"),
+    ],
+)
+def test_file_that_would_take_the_place_of_another_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], what: str
+) -> None:
+    """`--trace` was not looked at, and a hard link to the input was another file."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("in.txt")
+    path.write_text("one\n")
+    Path("link.txt").hardlink_to(path)
+    result = run("--input", str(path), *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {what}")
+    assert path.read_text() == "one\n"
+    assert not FakeLLM.made
+    assert sorted(os.listdir()) == ["in.txt", "link.txt"]
+
+
+def test_file_that_is_standard_input_or_output_is_refused(
+    tmp_path: Path, give_stdin: Callable[[str | int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "in.txt"
+    path.write_text("one\n")
+    with path.open() as file:
+        give_stdin(file.fileno())
+        result = run("--input", "-", "--output", str(path))
+    assert result.exit_code == 2
+    assert f"--output {path} is the input file" in result.stderr
+    assert path.read_text() == "one\n"
+    with path.open("a") as file:
+        monkeypatch.setattr("graphengine.output_file.STDOUT_FILENO", file.fileno())
+        result = run("x", "--trace", str(path))
+    assert result.exit_code == 2
+    assert f"--trace {path} is the file of standard output" in result.stderr
+    assert not FakeLLM.made
+
+
+def test_output_and_trace_may_both_go_nowhere() -> None:
+    assert run("x", "--output", "/dev/null", "--trace", "/dev/null").exit_code == 0
+
+
 def test_full_disk_is_one_line() -> None:
     result = run("one", "--output", "/dev/full")
     assert result.exit_code == 2
