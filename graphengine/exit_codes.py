@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import typer
 
-from graphengine.errors import GraphEngineError
+from graphengine.errors import ConfigError, GraphEngineError
 from graphengine.output_file import one_line
 
 BAD_INPUT = 2
@@ -20,6 +20,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell counts it
 def errors_as_exit_codes() -> Iterator[None]:
     """What a user can cause ends in one line and an exit code; a bug keeps its traceback."""
     try:
+        _check_working_directory()
         yield
     except GraphEngineError as error:
         tell(error)
@@ -27,6 +28,18 @@ def errors_as_exit_codes() -> Iterator[None]:
     except KeyboardInterrupt as error:
         say("interrupted")
         raise typer.Exit(INTERRUPTED) from error
+
+
+def _check_working_directory() -> None:
+    """Where it was removed, torch's math library ends the process as it is loaded, and every worker
+    process of a job, with a line about another thing."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the working directory cannot be found ({error.strerror}), it may be removed; "
+            "change to another one"
+        ) from error
 
 
 def tell(error: GraphEngineError) -> None:

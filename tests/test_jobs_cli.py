@@ -588,3 +588,18 @@ def test_hard_link_to_one_of_many_inputs_is_no_summary(tmp_path: Path) -> None:
         "is within the input or the output"
         in run(source, "--output", out, "--trace", linked).stderr
     )
+
+
+def test_removed_working_directory_is_told_before_a_worker_starts(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each worker died of it as it loaded torch, and no line said why."""
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    result = run(source, "--output", tmp_path / "out.jsonl", "--prompt-column=q")
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: the working directory cannot be found (No such file")
+    assert not (tmp_path / "out.jsonl").exists()
