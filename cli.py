@@ -17,7 +17,7 @@ from graphengine.config import (
     engine_config,
 )
 from graphengine.errors import ConfigError
-from graphengine.exit_codes import BAD_INPUT, errors_as_exit_codes, say
+from graphengine.exit_codes import BAD_INPUT, errors_as_exit_codes, help_errors, say
 from graphengine.jobs.command import run
 from graphengine.options import (
     Attention,
@@ -65,6 +65,7 @@ from graphengine.output_file import (
 from graphengine.progress import Progress, status_line, summary
 from graphengine.prompt_file import check_prompts, open_prompts
 from graphengine.request import SamplingParams
+from graphengine.standard_streams import open_closed_streams
 from perf.commands import perf_app
 
 if TYPE_CHECKING:
@@ -87,10 +88,12 @@ app.add_typer(perf_app, name="perf")
 
 
 def main() -> None:
+    open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that its encoding lacks becomes a "?"; it is no reason to end a run.
         sys.stdout.reconfigure(errors="replace")
-    app()
+    with help_errors():
+        app()
 
 
 @app.command()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import typer
 
 from graphengine.errors import ConfigError, GraphEngineError
-from graphengine.output_file import one_line
+from graphengine.output_file import STDOUT_NAME, one_line
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT, as a shell counts it
@@ -28,6 +28,21 @@ def errors_as_exit_codes() -> Iterator[None]:
     except KeyboardInterrupt as error:
         say("interrupted")
         raise typer.Exit(INTERRUPTED) from error
+
+
+@contextlib.contextmanager
+def help_errors() -> Iterator[None]:
+    """A standard output that takes no help is one line too: commands tell of theirs themselves."""
+    try:
+        yield
+    except OSError as error:
+        try:
+            print(flush=True)  # whether it was that, or a bug
+        except OSError:
+            _drop_unwritten_output()
+            say(f"error: {STDOUT_NAME}: {error.strerror}")
+            sys.exit(BAD_INPUT)
+        raise
 
 
 def _check_working_directory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import os
@@ -94,6 +95,8 @@ def write_errors(name: str) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
+        if error.errno == errno.EBADF:
+            raise ConfigError(f"{name} is closed; open it, or write to a file") from error
         raise ConfigError(
             f"{name}: {error.strerror}; make room or write the output elsewhere"
         ) from error

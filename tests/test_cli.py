@@ -391,6 +391,15 @@ def test_full_standard_output_is_one_line_and_nothing_is_left_for_the_exit(
     assert error.startswith("error: standard output: No space left on device")
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"]])
+def test_help_that_a_full_standard_output_does_not_take_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        assert run_main(monkeypatch, full, *arguments) == 2
+    assert capsys.readouterr().err == "error: standard output: No space left on device\n"
+
+
 def test_character_that_standard_output_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.BytesIO()
     stdout = io.TextIOWrapper(file, "ascii")
