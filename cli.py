@@ -17,7 +17,14 @@ from graphengine.config import (
     engine_config,
 )
 from graphengine.errors import ConfigError
-from graphengine.exit_codes import BAD_INPUT, errors_as_exit_codes, help_errors, say
+from graphengine.exit_codes import (
+    BAD_INPUT,
+    errors_as_exit_codes,
+    help_errors,
+    ignore_interrupts_at_exit,
+    say,
+    sigterm_as_interrupt,
+)
 from graphengine.jobs.command import run
 from graphengine.options import (
     Attention,
@@ -92,8 +99,11 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that its encoding lacks becomes a "?"; it is no reason to end a run.
         sys.stdout.reconfigure(errors="replace")
-    with help_errors():
-        app()
+    try:
+        with help_errors():
+            app()
+    finally:
+        ignore_interrupts_at_exit()
 
 
 @app.command()
@@ -148,7 +158,7 @@ def generate(
     """Generate text for prompts, given as arguments or in a file.
 
     Exit code: 0, or 1 if some requests failed (each output says why), 2 for bad input or if all
-    failed, 130 after Ctrl-C (what was finished is in the output).
+    failed, 130 after Ctrl-C and 143 after SIGTERM (what was finished is in the output).
     """
     with errors_as_exit_codes():
         if bool(prompts) == (input is not None):
@@ -208,6 +218,7 @@ def _generate(
 
     console = _progress_console(output)
     with LLM(**dataclasses.asdict(config)) as llm, contextlib.ExitStack() as stack:
+        stack.enter_context(sigterm_as_interrupt())
         writer = _writer(output, console, stack)
         try:
             # Closed before the engine is, also when writing fails.

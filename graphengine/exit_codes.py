@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Iterator
+from types import FrameType
 
 import typer
 
@@ -13,7 +16,12 @@ from graphengine.errors import ConfigError, GraphEngineError
 from graphengine.output_file import STDOUT_NAME, one_line
 
 BAD_INPUT = 2
-INTERRUPTED = 130  # 128 + SIGINT, as a shell counts it
+INTERRUPTED = 128 + signal.SIGINT  # as a shell counts it
+TERMINATED = 128 + signal.SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where `sigterm_as_interrupt` says so."""
 
 
 @contextlib.contextmanager
@@ -25,9 +33,31 @@ def errors_as_exit_codes() -> Iterator[None]:
     except GraphEngineError as error:
         tell(error)
         raise typer.Exit(BAD_INPUT) from error
+    except Terminated as error:
+        say("terminated")
+        raise typer.Exit(TERMINATED) from error
     except KeyboardInterrupt as error:
         say("interrupted")
         raise typer.Exit(INTERRUPTED) from error
+
+
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends what is inside as Ctrl-C does, not at once: what is finished can be kept."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    earlier = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def ignore_interrupts_at_exit() -> None:
+    """All is written by then: a Ctrl-C while Python takes leave would only change the exit code."""
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

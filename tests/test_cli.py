@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ from graphengine.request import (
 
 class FakeLLM:
     """Answers "<prompt>" two requests at a time, the later one first. A prompt with "bad" fails,
-    and one with "stop" raises what a Ctrl-C raises."""
+    one with "stop" raises what a Ctrl-C raises, and one with "term" sends a SIGTERM."""
 
     made: ClassVar[list[FakeLLM]] = []
     error: ClassVar[Exception | None] = None
@@ -64,6 +65,9 @@ class FakeLLM:
             if "stop" in text:
                 yield from self._finish(held[::-1])
                 raise KeyboardInterrupt
+            if "term" in text:
+                yield from self._finish(held[::-1])
+                signal.raise_signal(signal.SIGTERM)
             held.append(answer(index, request.request_id, text))
             if len(held) == 2:
                 yield from self._finish(held[::-1])
@@ -312,6 +316,21 @@ def test_interrupt_keeps_what_was_finished(tmp_path: Path) -> None:
     assert [line["text"] for line in records(out)] == ["<one>", "<two>", "<three>"]
     assert result.stderr.startswith("3 requests: ")
     assert result.stderr.splitlines()[-1] == "interrupted"
+    assert FakeLLM.made[0].is_closed
+
+
+def test_sigterm_keeps_what_was_finished(tmp_path: Path) -> None:
+    """It had ended the process at once, and with it what was finished but not at its turn."""
+    out = tmp_path / "out.jsonl"
+    earlier = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        result = run("one", "two", "three", "term", "five", "--output", str(out))
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+    assert result.exit_code == 143
+    assert [line["text"] for line in records(out)] == ["<one>", "<two>", "<three>"]
+    assert result.stderr.splitlines()[-1] == "terminated"
     assert FakeLLM.made[0].is_closed
 
 

@@ -228,6 +228,28 @@ def test_interrupt_while_standard_input_is_open_stops_cleanly() -> None:
     assert lines[-1] == "interrupted"
 
 
+def test_interrupt_as_python_takes_leave_changes_no_exit_code() -> None:
+    """All was printed, and the process died of the signal."""
+    code = (
+        "import signal, sys, cli\n"
+        # As late as anything of Python's runs: what it makes of a signal is given up by then.
+        "class Last:\n    pass\n"
+        "sys.last = Last()\n"
+        "Last.__del__ = lambda self, send=signal.raise_signal, number=2: send(number)\n"
+        "sys.argv = ['graphengine', 'plan', 'demo', '--device=cpu']\ncli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("closed", "arguments", "code", "last"),
     [
