@@ -17,7 +17,14 @@ from graphengine.config import (
     engine_config,
 )
 from graphengine.errors import ConfigError
-from graphengine.exit_codes import BAD_INPUT, errors_as_exit_codes, say
+from graphengine.exit_codes import (
+    BAD_INPUT,
+    errors_as_exit_codes,
+    help_errors,
+    ignore_interrupts_at_exit,
+    say,
+    sigterm_as_interrupt,
+)
 from graphengine.jobs.command import run
 from graphengine.options import (
     Attention,
@@ -57,6 +64,7 @@ from graphengine.output_file import (
     TerminalWriter,
     TextWriter,
     Writer,
+    check_apart,
     check_output_path,
     write_errors,
     write_in_order,
@@ -64,6 +72,7 @@ from graphengine.output_file import (
 from graphengine.progress import Progress, status_line, summary
 from graphengine.prompt_file import check_prompts, open_prompts
 from graphengine.request import SamplingParams
+from graphengine.standard_streams import open_closed_streams
 from perf.commands import perf_app
 
 if TYPE_CHECKING:
@@ -86,10 +95,15 @@ app.add_typer(perf_app, name="perf")
 
 
 def main() -> None:
+    open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that its encoding lacks becomes a "?"; it is no reason to end a run.
         sys.stdout.reconfigure(errors="replace")
-    app()
+    try:
+        with help_errors():
+            app()
+    finally:
+        ignore_interrupts_at_exit()
 
 
 @app.command()
@@ -144,7 +158,7 @@ def generate(
     """Generate text for prompts, given as arguments or in a file.
 
     Exit code: 0, or 1 if some requests failed (each output says why), 2 for bad input or if all
-    failed, 130 after Ctrl-C (what was finished is in the output).
+    failed, 130 after Ctrl-C and 143 after SIGTERM (what was finished is in the output).
     """
     with errors_as_exit_codes():
         if bool(prompts) == (input is not None):
@@ -194,6 +208,9 @@ def _generate(
     requests = check_prompts(prompts or []) if input is None else open_prompts(input)
     if output is not None:
         check_output_path(output, input)
+    if config.trace is not None:
+        check_output_path(config.trace, input, option="--trace")
+        check_apart([("--trace", config.trace), ("--output", STDOUT if output is None else output)])
 
     for name, value in environment_defaults().items():
         os.environ.setdefault(name, value)
@@ -201,6 +218,7 @@ def _generate(
 
     console = _progress_console(output)
     with LLM(**dataclasses.asdict(config)) as llm, contextlib.ExitStack() as stack:
+        stack.enter_context(sigterm_as_interrupt())
         writer = _writer(output, console, stack)
         try:
             # Closed before the engine is, also when writing fails.

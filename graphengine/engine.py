@@ -201,10 +201,8 @@ class LLM:
             self._counters.ended_s = time.perf_counter()
             if not self._is_closed:
                 self._runner.synchronize()
-                try:
-                    self._take_spans(least=1)
-                finally:  # a trace may be on a full disk
-                    self._runner.reset()
+                self._take_spans(least=1)
+                self._runner.reset()
 
     def stats(self) -> EngineStats:
         """A snapshot of the stream that runs, or of the last one. Cheap; any thread may ask."""

@@ -2,32 +2,89 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
 import sys
 from collections.abc import Iterator
+from types import FrameType
 
 import typer
 
-from graphengine.errors import GraphEngineError
-from graphengine.output_file import one_line
+from graphengine.errors import ConfigError, GraphEngineError
+from graphengine.output_file import STDOUT_NAME, one_line
 
 BAD_INPUT = 2
-INTERRUPTED = 130  # 128 + SIGINT, as a shell counts it
+INTERRUPTED = 128 + signal.SIGINT  # as a shell counts it
+TERMINATED = 128 + signal.SIGTERM
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where `sigterm_as_interrupt` says so."""
 
 
 @contextlib.contextmanager
 def errors_as_exit_codes() -> Iterator[None]:
     """What a user can cause ends in one line and an exit code; a bug keeps its traceback."""
     try:
+        _check_working_directory()
         yield
     except GraphEngineError as error:
         tell(error)
         raise typer.Exit(BAD_INPUT) from error
+    except Terminated as error:
+        say("terminated")
+        raise typer.Exit(TERMINATED) from error
     except KeyboardInterrupt as error:
         say("interrupted")
         raise typer.Exit(INTERRUPTED) from error
+
+
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM ends what is inside as Ctrl-C does, not at once: what is finished can be kept."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    earlier = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def ignore_interrupts_at_exit() -> None:
+    """All is written by then: a Ctrl-C while Python takes leave would only change the exit code."""
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def help_errors() -> Iterator[None]:
+    """A standard output that takes no help is one line too: commands tell of theirs themselves."""
+    try:
+        yield
+    except OSError as error:
+        try:
+            print(flush=True)  # whether it was that, or a bug
+        except OSError:
+            _drop_unwritten_output()
+            say(f"error: {STDOUT_NAME}: {error.strerror}")
+            sys.exit(BAD_INPUT)
+        raise
+
+
+def _check_working_directory() -> None:
+    """Where it was removed, torch's math library ends the process as it is loaded, and every worker
+    process of a job, with a line about another thing."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the working directory cannot be found ({error.strerror}), it may be removed; "
+            "change to another one"
+        ) from error
 
 
 def tell(error: GraphEngineError) -> None:

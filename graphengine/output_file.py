@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,9 +18,11 @@ from rich.console import Console
 from rich.text import Text
 
 from graphengine.errors import ConfigError
+from graphengine.prompt_file import STDIN_FILENO
 from graphengine.request import FinishReason, RequestOutput
 
 STDOUT = "-"
+STDOUT_FILENO = 1
 STDOUT_NAME = "standard output"
 MAX_ERRORS_SHOWN = 10
 _MAX_PROMPT_CHARS = 200
@@ -90,6 +95,8 @@ def write_errors(name: str) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
+        if error.errno == errno.EBADF:
+            raise ConfigError(f"{name} is closed; open it, or write to a file") from error
         raise ConfigError(
             f"{name}: {error.strerror}; make room or write the output elsewhere"
         ) from error
@@ -202,5 +209,30 @@ def check_output_path(output: str, input_path: str | None, *, option: str = "--o
         raise ConfigError(f"{option} {output}: no directory {path.parent}; make it first")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"{option} {output}: not allowed to write there; give another name")
-    if input_path is not None and os.path.realpath(path) == os.path.realpath(input_path):
+    if input_path is not None and is_one_file(output, input_path, dash=STDIN_FILENO):
         raise ConfigError(f"{option} {output} is the input file; give another name")
+
+
+def check_apart(files: Iterable[tuple[str, str]]) -> None:
+    """files: (option, path) of all that a command writes. Raises ConfigError if two of them are one
+    file, of which the one written last would be left, or a mixture."""
+    for (option, path), (other_option, other) in itertools.combinations(files, 2):
+        if is_one_file(path, other, dash=STDOUT_FILENO):
+            taken_by = STDOUT_NAME if other == STDOUT else f"{other_option} {other}"
+            raise ConfigError(f"{option} {path} is the file of {taken_by}; give another name")
+
+
+def is_one_file(path: str, other: str, *, dash: int) -> bool:
+    """Whether two names lead to one file that writing to one of them would spoil for the other, be
+    it there yet or not: no device or pipe. Links of all kinds are followed; "-" is whatever is open
+    as descriptor `dash`."""
+    here, there = _status(path, dash), _status(other, dash)
+    if here is None or there is None:
+        return os.path.realpath(path) == os.path.realpath(other)
+    return stat.S_ISREG(here.st_mode) and os.path.samestat(here, there)
+
+
+def _status(path: str, dash: int) -> os.stat_result | None:
+    with contextlib.suppress(OSError):
+        return os.fstat(dash) if path == STDOUT else os.stat(path)
+    return None

@@ -116,6 +116,7 @@ def run_command(
             peers=list(dict.fromkeys(peer or ())),
             save=save,
             trace=None if trace is None else Path(trace),
+            output=Path(output),
         )
         failure: ConfigError | None = None
         try:

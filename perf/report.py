@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphengine.errors import ConfigError
+from graphengine.output_file import STDOUT_FILENO, is_one_file
 from perf.recorded import Recorded, Result, best_mode, clean, read_result
 from perf.report_style import STYLE
 
@@ -34,7 +35,7 @@ def build_report(paths: list[Path], output: Path, png_dir: Path | None = None) -
     matplotlib is missing."""
     if not paths:
         raise ConfigError("no result files given; give at least one that perf run wrote")
-    if output.resolve() in [path.resolve() for path in paths]:
+    if any(is_one_file(str(output), str(path), dash=STDOUT_FILENO) for path in paths):
         raise ConfigError(f"the page {clean(output)!r} is also a result; give another --output")
     results = _named_apart([read_result(path) for path in paths])
     if find_spec("matplotlib") is None:

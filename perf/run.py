@@ -18,7 +18,7 @@ from graphengine.config import EngineConfig
 from graphengine.errors import ConfigError, GraphEngineError
 from graphengine.hub import resolve_model
 from graphengine.model_config import load_model_config
-from graphengine.output_file import one_line
+from graphengine.output_file import check_apart, check_output_path, one_line
 from perf.energy import energy_counter
 from perf.environment import environment, gpu_state, read_bandwidth
 from perf.figures import merge
@@ -52,6 +52,7 @@ def run(
     peers: Sequence[str] = (),
     save: Callable[[Json], None] = lambda result: None,
     trace: Path | None = None,
+    output: Path | None = None,
 ) -> Json:
     """The result file's contents: docs/figures.md tells what each figure means.
 
@@ -60,9 +61,10 @@ def run(
     mode share an engine, and their repeats take turns, so that a drift of the machine falls on all
     alike. `save` is called with what there is after each of these groups, since a run of minutes
     may be cut short. Each of these engines writes a trace beside `trace`, its model and mode in the
-    name. Raises ConfigError for a workload, mode or peer that does not exist or is not there,
-    for lengths that the model does not take or of which nothing is left, and for a shape's random
-    weights without a GPU."""
+    name, but none to `output`, where `save` writes. Raises ConfigError for a workload, mode or peer
+    that does not exist or is not there, for a trace that cannot be written there, for lengths that
+    the model does not take or of which nothing is left, and for a shape's random weights without a
+    GPU."""
     check_names("workload", names, WORKLOADS)
     check_names("mode", modes, MODES)
     check_names("peer", peers, PEERS)
@@ -78,6 +80,9 @@ def run(
         groups.setdefault(model or workload.shape, []).append(workload)
     for shape, group in groups.items():
         _check_lengths(_limit_of(model, shape), group, scale)
+    if trace is not None:
+        traces = [str(trace_path(trace, shape, mode)) for shape in groups for mode in modes]
+        _check_traces(traces, output)
     result: Json = {
         "schema": SCHEMA,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -168,6 +173,13 @@ def trace_path(trace: Path, model: str, mode: str) -> Path:
     """Where the engine of that model or shape writes: t.json -> t.llama-8b-async.json."""
     name = Path(model).expanduser().resolve().name  # of a directory, also "."; of a hub id
     return trace.with_name(f"{trace.stem}.{name}-{mode}{trace.suffix}")
+
+
+def _check_traces(traces: list[str], output: Path | None) -> None:
+    for path in traces:
+        check_output_path(path, None, option="--trace")
+        if output is not None:
+            check_apart([("--trace", path), ("--output", str(output))])
 
 
 def _limit_of(model: str | None, shape: str) -> int:

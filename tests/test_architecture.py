@@ -37,6 +37,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "progress",
         "exit_codes",
         "options",
+        "standard_streams",
         "demo",
         "demo.sums",
     ),

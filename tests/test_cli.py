@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ from graphengine.request import (
 
 class FakeLLM:
     """Answers "<prompt>" two requests at a time, the later one first. A prompt with "bad" fails,
-    and one with "stop" raises what a Ctrl-C raises."""
+    one with "stop" raises what a Ctrl-C raises, and one with "term" sends a SIGTERM."""
 
     made: ClassVar[list[FakeLLM]] = []
     error: ClassVar[Exception | None] = None
@@ -64,6 +65,9 @@ class FakeLLM:
             if "stop" in text:
                 yield from self._finish(held[::-1])
                 raise KeyboardInterrupt
+            if "term" in text:
+                yield from self._finish(held[::-1])
+                signal.raise_signal(signal.SIGTERM)
             held.append(answer(index, request.request_id, text))
             if len(held) == 2:
                 yield from self._finish(held[::-1])
@@ -315,6 +319,72 @@ def test_interrupt_keeps_what_was_finished(tmp_path: Path) -> None:
     assert FakeLLM.made[0].is_closed
 
 
+def test_sigterm_keeps_what_was_finished(tmp_path: Path) -> None:
+    """It had ended the process at once, and with it what was finished but not at its turn."""
+    out = tmp_path / "out.jsonl"
+    earlier = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        result = run("one", "two", "three", "term", "five", "--output", str(out))
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+    assert result.exit_code == 143
+    assert [line["text"] for line in records(out)] == ["<one>", "<two>", "<three>"]
+    assert result.stderr.splitlines()[-1] == "terminated"
+    assert FakeLLM.made[0].is_closed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--trace", "in.txt"], "--trace in.txt is the input file"),
+        (["--trace", "link.txt"], "--trace link.txt is the input file"),
+        (["--output", "link.txt"], "--output link.txt is the input file"),
+        (["--output", "o", "--trace", "o"], "--trace o is the file of --output o"),
+        (["--output", "o", "--trace", "./o"], "--trace ./o is the file of --output o"),
+        (["--trace", "-"], "--trace is -; give a file"),
+        (["--trace", "none/t.json"], "--trace none/t.json: no directory none; make it first"),
+    ],
+)
+def test_file_that_would_take_the_place_of_another_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], what: str
+) -> None:
+    """`--trace` was not looked at, and a hard link to the input was another file."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("in.txt")
+    path.write_text("one\n")
+    Path("link.txt").hardlink_to(path)
+    result = run("--input", str(path), *arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {what}")
+    assert path.read_text() == "one\n"
+    assert not FakeLLM.made
+    assert sorted(os.listdir()) == ["in.txt", "link.txt"]
+
+
+def test_file_that_is_standard_input_or_output_is_refused(
+    tmp_path: Path, give_stdin: Callable[[str | int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "in.txt"
+    path.write_text("one\n")
+    with path.open() as file:
+        give_stdin(file.fileno())
+        result = run("--input", "-", "--output", str(path))
+    assert result.exit_code == 2
+    assert f"--output {path} is the input file" in result.stderr
+    assert path.read_text() == "one\n"
+    with path.open("a") as file:
+        monkeypatch.setattr("graphengine.output_file.STDOUT_FILENO", file.fileno())
+        result = run("x", "--trace", str(path))
+    assert result.exit_code == 2
+    assert f"--trace {path} is the file of standard output" in result.stderr
+    assert not FakeLLM.made
+
+
+def test_output_and_trace_may_both_go_nowhere() -> None:
+    assert run("x", "--output", "/dev/null", "--trace", "/dev/null").exit_code == 0
+
+
 def test_full_disk_is_one_line() -> None:
     result = run("one", "--output", "/dev/full")
     assert result.exit_code == 2
@@ -338,6 +408,15 @@ def test_full_standard_output_is_one_line_and_nothing_is_left_for_the_exit(
         assert run_main(monkeypatch, full, "generate", "demo", "one", *options) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: standard output: No space left on device")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"]])
+def test_help_that_a_full_standard_output_does_not_take_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        assert run_main(monkeypatch, full, *arguments) == 2
+    assert capsys.readouterr().err == "error: standard output: No space left on device\n"
 
 
 def test_character_that_standard_output_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,6 +228,70 @@ def test_interrupt_while_standard_input_is_open_stops_cleanly() -> None:
     assert lines[-1] == "interrupted"
 
 
+def test_interrupt_as_python_takes_leave_changes_no_exit_code() -> None:
+    """All was printed, and the process died of the signal."""
+    code = (
+        "import signal, sys, cli\n"
+        # As late as anything of Python's runs: what it makes of a signal is given up by then.
+        "class Last:\n    pass\n"
+        "sys.last = Last()\n"
+        "Last.__del__ = lambda self, send=signal.raise_signal, number=2: send(number)\n"
+        "sys.argv = ['graphengine', 'plan', 'demo', '--device=cpu']\ncli.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("closed", "arguments", "code", "last"),
+    [
+        ([1], ["generate", "demo", "1+1="], 2, "error: standard output is closed"),
+        ([1], ["generate", "demo", "1+1=", "--output=OUT"], 0, "prefill steps"),
+        ([2], ["generate", "demo", "1+1=", "--output=OUT"], 0, ""),
+        ([0, 1, 2], ["generate", "demo", "1+1="], 2, ""),
+        ([0], ["generate", "demo", "--input=-"], 2, "error: <stdin>: Bad file descriptor"),
+        ([1], ["plan", "demo"], 2, "error: standard output is closed"),
+        ([1], ["run", "demo", "IN", "--output=OUT"], 2, "error: standard output is closed"),
+        ([0, 2], ["run", "demo", "IN", "--output=OUT"], 0, ""),
+        ([1], ["generate", "--help"], 2, "error: standard output: Bad file descriptor"),
+    ],
+)
+def test_closed_stream_is_an_error_only_where_it_is_used(
+    tmp_path: Path, closed: list[int], arguments: list[str], code: int, last: str
+) -> None:
+    """Python has None for it, and the next file to be opened its number: once a traceback."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "1+1="}\n')
+    arguments = [a.replace("IN", str(source)).replace("OUT", str(out)) for a in arguments]
+
+    def close() -> None:
+        for descriptor in closed:
+            os.close(descriptor)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "cli", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=close,
+    )
+    assert done.returncode == code, done.stderr
+    assert (done.stderr.splitlines() or [""])[-1].startswith(last)
+    assert "Traceback" not in done.stderr
+    if f"--output={out}" in arguments:
+        (line,) = out.read_text().splitlines()
+        assert json.loads(line)["text"] == "2"
+
+
 def test_reader_that_goes_away_ends_the_run_without_a_traceback(tmp_path: Path) -> None:
     path = tmp_path / "in.txt"
     path.write_text("12+34=\n" * 3000)

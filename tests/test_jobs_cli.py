@@ -536,3 +536,70 @@ def test_summary_and_trace_never_take_the_place_of_rows(tmp_path: Path, source: 
         assert len(result.stderr.splitlines()) == 1, result.stderr
         assert out.read_bytes() == rows
     assert len(source.read_text().splitlines()) == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--trace=data.jsonl", "--workers=2"], "--trace data-0.jsonl is the input file"),
+        (["--trace=out.jsonl", "--workers=2"], "--trace out-1.jsonl is within"),
+        (["--summary=s.json", "--trace=s.json"], "--summary s.json is the file of --trace s.json"),
+        (
+            ["--summary=s-1.json", "--trace=s.json", "--workers=2"],
+            "--summary s-1.json is the file of --trace s-1.json",
+        ),
+        (["--summary=link.jsonl"], "--summary link.jsonl is the input file"),
+        (["--output=link.jsonl"], "--output link.jsonl is the input file"),
+    ],
+)
+def test_names_that_are_really_written_take_the_place_of_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], what: str
+) -> None:
+    """Those of the workers' traces were not looked at, nor hard links."""
+    monkeypatch.chdir(tmp_path)
+    source = write_jsonl(Path("data-0.jsonl"), [{"prompt": "a"}])
+    before = source.read_bytes()
+    Path("link.jsonl").hardlink_to(source)
+    result = run(source, "--output=out-1.jsonl", *arguments)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {what}")
+    assert source.read_bytes() == before
+    assert sorted(os.listdir()) == ["data-0.jsonl", "link.jsonl"]
+
+
+def test_hard_link_to_one_of_many_inputs_is_no_summary(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    source = write_jsonl(folder / "a.jsonl", [{"prompt": "a"}])
+    before = source.read_bytes()
+    link = tmp_path / "s.json"
+    link.hardlink_to(source)
+    out = tmp_path / "out.jsonl"
+    for given in (folder, f"{folder}/*.jsonl"):
+        result = run(given, "--output", out, "--summary", link)
+        assert result.exit_code == 2
+        assert f"--summary {link} is within the input" in result.stderr
+    assert source.read_bytes() == before
+    assert run(source, "--output", out).exit_code == 0
+    linked = tmp_path / "linked.json"
+    linked.hardlink_to(out)
+    assert (
+        "is within the input or the output"
+        in run(source, "--output", out, "--trace", linked).stderr
+    )
+
+
+def test_removed_working_directory_is_told_before_a_worker_starts(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each worker died of it as it loaded torch, and no line said why."""
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    folder.rmdir()
+    result = run(source, "--output", tmp_path / "out.jsonl", "--prompt-column=q")
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: the working directory cannot be found (No such file")
+    assert not (tmp_path / "out.jsonl").exists()

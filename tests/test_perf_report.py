@@ -522,8 +522,10 @@ def test_compare_and_report_refuse_the_same_file_in_the_same_words(
 
 def test_page_never_replaces_a_result(tmp_path: Path) -> None:
     path = write(tmp_path / "run.json", SHORT)
-    with pytest.raises(ConfigError, match="also a result"):
-        build_report([path], tmp_path / "." / "run.json")
+    (tmp_path / "link.html").hardlink_to(path)
+    for page in (tmp_path / "." / "run.json", tmp_path / "link.html"):
+        with pytest.raises(ConfigError, match="also a result"):
+            build_report([path], page)
     assert json.loads(path.read_text("utf-8")) == SHORT
 
 

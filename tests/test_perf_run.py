@@ -327,6 +327,16 @@ def test_every_mode_writes_a_trace_of_its_own(tmp_path: Path) -> None:
         assert {"schedule", "prefill"} <= {event["name"] for event in events}
 
 
+def test_trace_never_takes_the_results_place(tmp_path: Path) -> None:
+    """The name that was looked at is not the one that is written."""
+    output = tmp_path / "t.demo-async.json"
+    more = ["latency", "--output", str(output), "--trace", str(tmp_path / "t.json")]
+    result = CliRunner().invoke(cli.app, [*RUN, *more])
+    assert result.exit_code == 2
+    assert f"--trace {output} is the file of --output {output}" in result.stderr
+    assert not output.exists()
+
+
 @pytest.mark.parametrize(
     ("model", "name"),
     [

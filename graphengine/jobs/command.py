@@ -47,7 +47,7 @@ from graphengine.options import (
     environment_defaults,
     parse_ids,
 )
-from graphengine.output_file import check_output_path, print_line, write_errors
+from graphengine.output_file import check_apart, check_output_path, print_line, write_errors
 from graphengine.request import SamplingParams
 
 FAILED_ROWS = 1
@@ -167,6 +167,7 @@ def run(
         from graphengine.jobs.output import Place
         from graphengine.jobs.shard import parse_shard
         from graphengine.jobs.watch import job_report, job_summary
+        from graphengine.jobs.workers import choose_devices, worker_trace
 
         config = JobConfig(
             engine=engine_config(
@@ -221,12 +222,18 @@ def run(
             folder = Path(tuning).expanduser()
             for inside in (folder, folder / "a.json"):
                 place.check_beside("--tuning", str(inside))
-        for option, path in (("--summary", summary), ("--trace", trace)):
-            if path is not None:
-                check_output_path(path, input, option=option)
-                place.check_beside(option, path)
         # For the worker processes, as `generate` sets them for its own.
         environment = {**environment_defaults(), **os.environ}
+        written = [] if summary is None else [("--summary", summary)]
+        if trace is not None:
+            check_output_path(trace, input, option="--trace")
+            devices = choose_devices(config.workers, device=device, environment=environment)
+            names = [worker_trace(trace, number) for number in range(len(devices))]
+            written += [("--trace", name) for name in (names if len(names) > 1 else [trace])]
+        for option, path in written:
+            check_output_path(path, input, option=option)
+            place.check_beside(option, path)
+        check_apart(written)
         outcome = run_job(config, environment=environment, console=_console(), say=say)
         signum = None if outcome.signum is None else signal.Signals(outcome.signum)
         say(job_report(outcome.stats))

@@ -14,10 +14,11 @@ import filelock
 
 from graphengine.errors import ConfigError, OutputError
 from graphengine.jobs.config import JobConfig
+from graphengine.jobs.inputs import find_inputs
 from graphengine.jobs.journal import output_errors
 from graphengine.jobs.manifest import MANIFEST
 from graphengine.jobs.store import JsonlStore, ParquetStore, Store, parquet_schema
-from graphengine.output_file import STDOUT, check_output_path
+from graphengine.output_file import STDOUT, STDOUT_FILENO, check_output_path, is_one_file
 
 _JSONL, _PARQUET = "jsonl", "parquet"
 _JSONL_SUFFIXES = (".jsonl", ".ndjson")
@@ -83,19 +84,25 @@ class Place:
         more of the input."""
         real = Path(os.path.realpath(path))
         places = {Path(os.path.realpath(place)) for place in (self.output, self.state)}
-        if real in places or places & set(real.parents) or self._is_input(real):
+        is_output = not self.is_parquet and is_one_file(path, str(self.output), dash=STDOUT_FILENO)
+        if is_output or real in places or places & set(real.parents) or self._is_input(real):
             raise ConfigError(
                 f"{option} {path} is within the input or the output of the job; give another place"
             )
 
     def _is_input(self, path: Path) -> bool:
-        """Whether a file there would be read as input: named, in a directory, or by a glob."""
+        """Whether a file there would be read as input, named, in a directory, or by a glob, or is a
+        hard link to one that is."""
         given = self.config.input
         if Path(os.path.realpath(given)) in {path, *Path(os.path.realpath(path)).parents}:
             return True
         pattern, name = os.path.abspath(given), os.path.abspath(path)
         # "**/" may stand for nothing, which fnmatch does not know.
-        return any(fnmatch.fnmatch(name, p) for p in (pattern, pattern.replace("**/", "")))
+        if any(fnmatch.fnmatch(name, p) for p in (pattern, pattern.replace("**/", ""))):
+            return True
+        return os.path.isfile(path) and any(
+            os.path.samefile(path, file.path) for file in find_inputs(given)
+        )
 
     def has_rows(self) -> bool:
         with output_errors(self.output):

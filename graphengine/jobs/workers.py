@@ -245,10 +245,14 @@ class WorkerPool:
             share = config.gpu_memory_utilization * (place + 1) / count
             config = dataclasses.replace(config, gpu_memory_utilization=share)
         if config.trace is not None and len(self.workers) > 1:
-            path = Path(config.trace)
-            trace = path.with_name(f"{path.stem}-{worker.number}{path.suffix}")
-            config = dataclasses.replace(config, trace=str(trace))
+            config = dataclasses.replace(config, trace=worker_trace(config.trace, worker.number))
         return config
+
+
+def worker_trace(trace: str, number: int) -> str:
+    """Where that one of several workers writes: t.json -> t-0.json."""
+    path = Path(trace)
+    return str(path.with_name(f"{path.stem}-{number}{path.suffix}"))
 
 
 def choose_devices(
