@@ -64,7 +64,7 @@ def source_hash() -> str:
     named = {
         path.relative_to(root).as_posix(): path
         for path in (*paths, *(root / "perf").glob("*.py"))
-        if path.suffix in _SOURCES
+        if path.suffix in _SOURCES and path.is_file()  # an editor's lock is a link to nothing
     }
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in named.items()}
     listed = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))

@@ -551,5 +551,7 @@ def test_source_hash_is_that_of_the_tree_wherever_it_lies(
     monkeypatch.chdir(tmp_path / "one" / "perf")
     assert hash_of("two") == hash_of("one") == first
     assert hash_of("three", **{"perf/results/new.json": "{}", "README.md": "new"}) == first
+    (tmp_path / "three" / "captures" / ".#b.py").symlink_to("someone@somewhere")
+    assert hash_of("three") == first
     assert hash_of("four", **{"graphengine/kernels/a.cu": "e"}) != first
     assert hash_of("five", **{"captures/c.py": ""}) != first
