@@ -306,7 +306,7 @@ def test_row_set_is_a_set() -> None:
     rng = random.Random(0)
     ours, theirs = RowSet(), set()
     for _ in range(3000):
-        index = rng.randrange(5000)
+        index = rng.randrange(5000) << 4  # over ten pieces
         assert (index in ours) == (index in theirs)
         if index in theirs and rng.random() < 0.5:
             ours.remove(index)
@@ -315,6 +315,8 @@ def test_row_set_is_a_set() -> None:
             assert ours.add(index) == (index not in theirs)
             theirs.add(index)
         assert len(ours) == len(theirs)
+    assert ours.add(10**15), "far from all others, and small"
+    assert ours.largest == 10**15
 
 
 def test_id_table_knows_the_first_row_of_each_id() -> None:

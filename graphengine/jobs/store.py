@@ -98,8 +98,10 @@ class ParquetStore:
             try:
                 with parquet.ParquetFile(part) as file:
                     for batch in file.iter_batches(columns=columns):
-                        yield from batch.to_pylist()
-            except (OSError, ValueError) as error:
+                        for record in batch.to_pylist():
+                            self._check(record)
+                            yield record
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise OutputError(
                     f"{part}: no whole part of this job ({' '.join(str(error).split())}); restore "
                     "it, or remove the output to start again"
