@@ -30,6 +30,7 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "stretches",
         "scheduler",
         "metrics",
+        "templates",
         "tokenizer",
         "intake",
         "prompt_file",
