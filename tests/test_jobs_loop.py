@@ -298,6 +298,14 @@ def test_output_of_no_job_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "out.jsonl.job").exists()
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".jsonl", "x" * 247 + ".jsonl"])
+def test_output_of_a_name_that_no_file_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    """The last one alone could be, but its state's not."""
+    source = prompts(tmp_path / "in.jsonl", ["a"])
+    with pytest.raises(ConfigError, match=r"--output .*: File name too long; give another name"):
+        run(source, tmp_path / name)
+
+
 def test_output_within_the_input_is_refused(tmp_path: Path) -> None:
     prompts(tmp_path / "in.jsonl", ["a"])
     for given, output in (

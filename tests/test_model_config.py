@@ -570,6 +570,12 @@ def test_a_local_path_that_is_missing_is_not_looked_up(
         resolve_model(model)
 
 
+@pytest.mark.parametrize("model", ["x" * 300, "~nosuchuser/x"])
+def test_name_that_no_file_can_have_is_told_in_one_line(model: str) -> None:
+    with pytest.raises(ModelError, match=r"cannot be looked up \(.+\); give a model directory"):
+        resolve_model(model)
+
+
 def test_a_file_is_not_a_model(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.touch()
