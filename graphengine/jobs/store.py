@@ -91,7 +91,7 @@ class ParquetStore:
         self._num_rows = 0  # in the journal
 
     def scan(self) -> Iterator[Record]:
-        parquet = require("pyarrow.parquet")
+        pyarrow, parquet = require("pyarrow"), require("pyarrow.parquet")
         columns = ["id", "row_index", "error"]
         parts = self._parts()
         for part in parts:
@@ -101,7 +101,7 @@ class ParquetStore:
                         for record in batch.to_pylist():
                             self._check(record)
                             yield record
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
                 raise OutputError(
                     f"{part}: no whole part of this job ({' '.join(str(error).split())}); restore "
                     "it, or remove the output to start again"
