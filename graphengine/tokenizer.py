@@ -34,8 +34,8 @@ class Tokenizer:
             # A KeyError's text is the key alone.
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ModelError(
-                f"no usable tokenizer in {str(path)!r} ({reason}); add its files, give tokenizer="
-                " another directory, or set skip_tokenizer_init and send prompt_token_ids"
+                f"no usable tokenizer in {str(path)!r} ({reason}); add its files, or give another "
+                "as tokenizer; `run` and LLM need none for token ids (skip_tokenizer_init)"
             ) from error
 
         self._chat_template: ChatTemplate | None = None  # until the first chat
