@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from graphengine.errors import ModelError, RequestError
 from graphengine.request import check_text
-
-if TYPE_CHECKING:
-    from graphengine.templates import ChatTemplate
 
 _REPLACEMENT = "\ufffd"  # what an unfinished multi-byte character decodes to
 # An output that is no text may never settle. Past so many tokens it is taken as it is, so that the
@@ -19,7 +16,7 @@ _MOST_PENDING = 64
 
 
 class Tokenizer:
-    """A Hugging Face tokenizer. Chat templates run in a sandbox with bounds; code that a checkpoint
+    """A Hugging Face tokenizer. Chat templates run in transformers' sandbox; code that a checkpoint
     brings is never run."""
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +35,6 @@ class Tokenizer:
                 "as tokenizer; `run` and LLM need none for token ids (skip_tokenizer_init)"
             ) from error
 
-        self._chat_template: ChatTemplate | None = None  # until the first chat
         # What transformers would call after a tenth of its time, unless it is to tidy the text.
         backend: Any = getattr(self.hf, "backend_tokenizer", None)
         is_plain = backend is not None and not self.hf.clean_up_tokenization_spaces
@@ -62,30 +58,14 @@ class Tokenizer:
                 "the request has messages, but the model has no chat template; send a prompt"
             )
         try:
-            text = self._render_chat(list(messages))
+            text = self.hf.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:  # whatever a template raises on hostile rows
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RequestError(f"the chat template refuses the messages: {reason}") from error
         # The template wrote the special tokens already.
         return self._encode(text, add_special_tokens=False)
-
-    def _render_chat(self, messages: list[Mapping[str, object]]) -> str:
-        """As transformers' apply_chat_template does, within the bounds of our own templates."""
-        from graphengine.templates import ChatTemplate  # here and not above: Jinja takes its time
-
-        if not messages:
-            raise ValueError("there are none; give at least one")
-        if self._chat_template is None:
-            self._chat_template = ChatTemplate(self.hf.get_chat_template())
-        return self._chat_template.render(
-            {
-                "messages": messages,
-                "tools": None,
-                "documents": None,
-                "add_generation_prompt": True,
-                **self.hf.special_tokens_map,
-            }
-        )
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Raises RequestError for a str that is no text: tokenizers would raise TypeError."""

@@ -30,7 +30,6 @@ LAYERS: Mapping[str, tuple[str, ...]] = {
         "stretches",
         "scheduler",
         "metrics",
-        "templates",
         "tokenizer",
         "intake",
         "prompt_file",
