@@ -115,7 +115,11 @@ def _read_index(index: Path) -> Mapping[str, str]:
                 f"{index} names the file {name!r}; only the names of .safetensors files in the "
                 "same directory are accepted"
             )
-        if not (index.parent / name).is_file():
+        try:
+            is_file = (index.parent / name).is_file()
+        except (OSError, ValueError):  # a name that no file can have
+            is_file = False
+        if not is_file:
             raise WeightsError(
                 f"{index} names {name!r}, which is not in {index.parent}; complete the checkpoint"
             )

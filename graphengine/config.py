@@ -114,6 +114,8 @@ class EngineConfig:
             is_given = value is not None or name in ("max_num_seqs", "max_num_batched_tokens")
             if is_given and (not _is_int(value) or value < smallest):
                 raise ConfigError(f"{name} is {value!r}; give a whole number >= {smallest}")
+            if is_given and value >= 2**63:  # what torch and NumPy count in
+                raise ConfigError(f"{name} is {value!r}; give a whole number below 2**63")
         if self.max_num_seqs > MAX_NUM_SEQS:
             raise ConfigError(
                 f"max_num_seqs is {self.max_num_seqs}; give a whole number <= {MAX_NUM_SEQS}"

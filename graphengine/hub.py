@@ -23,10 +23,18 @@ def resolve_model(model: str, *, with_weights: bool = True) -> Path:
     there is no network. Raises ModelError if there is no such thing."""
     if model == "demo":
         return _DEMO
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    try:
+        path = Path(model).expanduser()
+        if path.is_dir():
+            return path
+        is_file = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ModelError(
+            f"model {model!r} cannot be looked up ({reason}); give a model directory, a hub id "
+            "like 'org/name', or 'demo'"
+        ) from error
+    if is_file:
         raise ModelError(f"model {model!r} is a file; give the directory it is in")
     if not _HUB_ID.fullmatch(model):
         raise ModelError(

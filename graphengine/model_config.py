@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from graphengine.errors import ModelError
 
 # What a config.json may leave out, and what it then means: the defaults of transformers' classes
@@ -67,6 +69,7 @@ _MAX_LAYERS = 4096
 _ROPE_TYPES = ("default", "linear", "llama3")
 _ACTIVATIONS = ("silu", "swish")  # two names of one function
 _INT_LIMIT = 2**31  # ids and sizes fit tables of 32 bits
+_MOST_ANGLES = 4096  # looked at of one position: all of them, of any head up to twice as wide
 # Stored dtype -> what "auto" computes in.
 _DTYPES = {
     "bfloat16": "bfloat16",
@@ -85,7 +88,7 @@ class RopeConfig:
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    original_max_position_embeddings: float = 8192.0
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,7 @@ def _model_config(architecture: str, values: Mapping[str, Any], file: Path) -> M
         )
     }
     num_layers, num_heads = sizes["num_hidden_layers"], sizes["num_attention_heads"]
+    num_positions = sizes["max_position_embeddings"]
     if num_layers > _MAX_LAYERS:
         raise ModelError(
             f"{file} has num_hidden_layers {num_layers}; at most {_MAX_LAYERS} are supported"
@@ -204,7 +208,7 @@ def _model_config(architecture: str, values: Mapping[str, Any], file: Path) -> M
     if head_dim % 2:
         raise ModelError(f"{file} has head_dim {head_dim}; RoPE needs an even one")
     rms_norm_eps = values["rms_norm_eps"]
-    if not isinstance(rms_norm_eps, float) or not 0.0 <= rms_norm_eps < math.inf:
+    if not isinstance(rms_norm_eps, float) or not 0.0 <= rms_norm_eps < 1.0:
         raise ModelError(f"{file} has rms_norm_eps {rms_norm_eps!r}; give a small number like 1e-6")
     bos_token_id = values["bos_token_id"]
     if bos_token_id is not None and not _is_int(bos_token_id):
@@ -227,7 +231,7 @@ def _model_config(architecture: str, values: Mapping[str, Any], file: Path) -> M
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=rms_norm_eps,
-        rope=_rope(values, file),
+        rope=_rope(values, file, head_dim=head_dim, num_positions=num_positions),
         sliding_windows=_sliding_windows(values, family, num_layers, file),
         # Qwen2's q, k and v always have a bias and its o never has.
         qkv_bias=attention_bias or family == "Qwen2",
@@ -235,7 +239,7 @@ def _model_config(architecture: str, values: Mapping[str, Any], file: Path) -> M
         mlp_bias=family == "Llama" and _checked_bool("mlp_bias", values, file),
         qk_norm=family == "Qwen3",
         tie_word_embeddings=_checked_bool("tie_word_embeddings", values, file),
-        max_position_embeddings=sizes["max_position_embeddings"],
+        max_position_embeddings=num_positions,
         dtype=_dtype(values, file),
         eos_token_ids=eos_token_ids,
         bos_token_id=bos_token_id,
@@ -280,7 +284,9 @@ def _dtype(raw: Mapping[str, Any], file: Path) -> str:
     return _DTYPES[name]
 
 
-def _rope(values: Mapping[str, Any], file: Path) -> RopeConfig:
+def _rope(
+    values: Mapping[str, Any], file: Path, *, head_dim: int, num_positions: int
+) -> RopeConfig:
     """As transformers reads it: `rope_scaling` is the older name of `rope_parameters` and goes
     first, and theta may stand beside either."""
     given = values.get("rope_scaling") or values.get("rope_parameters") or {}
@@ -324,7 +330,33 @@ def _rope(values: Mapping[str, Any], file: Path) -> RopeConfig:
             raise ModelError(
                 f"{file} has RoPE {name} {value!r}; it must be a finite number above 0"
             )
-    return RopeConfig(rope_type, **numbers)
+    # Not as a whole number, which may be larger than torch takes.
+    rope = RopeConfig(rope_type, **{name: float(value) for name, value in numbers.items()})
+    if not _has_finite_angles(rope, head_dim=head_dim, num_positions=num_positions):
+        shown = ", ".join(f"{name} {value!r}" for name, value in numbers.items())
+        raise ModelError(
+            f"{file} has RoPE {shown}, whose angles at {num_positions} positions float32 cannot "
+            "hold; give the numbers that the model was trained with"
+        )
+    return rope
+
+
+def _has_finite_angles(rope: RopeConfig, *, head_dim: int, num_positions: int) -> bool:
+    """Whether layers.rope_table has, expression by expression; without, each logit is NaN."""
+    with np.errstate(all="ignore"):
+        dims = np.linspace(0, head_dim - 2, min(head_dim // 2, _MOST_ANGLES), dtype=np.float32)
+        inv_freq = 1.0 / rope.theta ** (dims / head_dim)
+        if rope.rope_type == "linear":
+            inv_freq = inv_freq / rope.factor
+        elif rope.rope_type == "llama3":
+            wavelengths = 2 * math.pi / inv_freq
+            original = rope.original_max_position_embeddings
+            low, high = rope.low_freq_factor, rope.high_freq_factor
+            smooth = (original / wavelengths - low) / (high - low)
+            scaled = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
+            scaled = np.where(wavelengths > original / low, inv_freq / rope.factor, scaled)
+            inv_freq = np.where(wavelengths < original / high, inv_freq, scaled)
+        return bool(np.isfinite(inv_freq * np.float32(num_positions)).all())
 
 
 def _sliding_windows(

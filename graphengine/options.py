@@ -9,6 +9,8 @@ import typer
 from graphengine.config import ATTENTION, DEVICES, DTYPES, LOAD_FORMATS
 from graphengine.errors import ConfigError
 
+_MOST_DIGITS = 18  # of an id, far more than any vocabulary has
+
 Model = Annotated[str, typer.Argument(help="A local directory, a hub id, or 'demo'.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Directory or hub id, if not the model's own.")]
 SkipTokenizerInit = Annotated[
@@ -102,12 +104,14 @@ SkipSpecialTokens = Annotated[bool, typer.Option(help="Leave special tokens out 
 
 
 def parse_ids(values: list[str]) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for value in values for part in value.split(","))
-    except ValueError as error:
+    """Raises ConfigError for what is no token id of any model."""
+    parts = [part.strip() for value in values for part in value.split(",")]
+    if not all(part.isdecimal() and len(part) <= _MOST_DIGITS for part in parts):
         raise ConfigError(
-            f"--stop-token-ids is {','.join(values)!r}; give whole numbers, as in 2,128001"
-        ) from error
+            f"--stop-token-ids is {','.join(values)!r}; give whole numbers from 0 on, as in "
+            "2,128001"
+        )
+    return tuple(map(int, parts))
 
 
 def environment_defaults() -> dict[str, str]:

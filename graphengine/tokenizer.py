@@ -31,8 +31,8 @@ class Tokenizer:
             # A KeyError's text is the key alone.
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ModelError(
-                f"no usable tokenizer in {str(path)!r} ({reason}); add its files, give tokenizer="
-                " another directory, or set skip_tokenizer_init and send prompt_token_ids"
+                f"no usable tokenizer in {str(path)!r} ({reason}); add its files, or give another "
+                "as tokenizer; `run` and LLM need none for token ids (skip_tokenizer_init)"
             ) from error
 
         # What transformers would call after a tenth of its time, unless it is to tidy the text.
@@ -62,7 +62,7 @@ class Tokenizer:
                 list(messages), tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # whatever a template raises on hostile rows
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise RequestError(f"the chat template refuses the messages: {reason}") from error
         # The template wrote the special tokens already.
         return self._encode(text, add_special_tokens=False)

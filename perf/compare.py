@@ -221,7 +221,11 @@ def _lengths_text(lengths: tuple[Any, ...]) -> str:
 def load_side(path: Path) -> Side:
     """A result file, or a folder of them: runs of one commit, whose best samples are pooled. Raises
     InputError if one is missing, not a result, or not of the same thing as the others."""
-    if not path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a name too long
+        raise InputError(f"{path}: {error.strerror}; give a result or a folder") from error
+    if not is_folder:
         return _load(path)
     sides = [_load(file) for file in sorted(path.glob("*.json"))]
     if not sides:

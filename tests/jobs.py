@@ -65,6 +65,12 @@ def run(
     )
 
 
+def refused(outcome: Outcome) -> None:
+    """Raises what ended a job whose counts are told all the same."""
+    if outcome.error is not None:
+        raise outcome.error
+
+
 def read(output: Path) -> list[dict[str, Any]]:
     """The records of an output, in the order they stand there."""
     if output.is_dir():

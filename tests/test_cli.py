@@ -242,6 +242,10 @@ BAD_USAGE = {
     "max_tokens": (["x", "--max-tokens=0"], "max_tokens is 0"),
     "min_tokens": (["x", "--max-tokens=4", "--min-tokens=5"], "above max_tokens 4"),
     "empty stop": (["x", "--stop="], "stop holds an empty string"),
+    "negative stop id": (
+        ["x", "--stop-token-ids=5,-1"],
+        "--stop-token-ids is '5,-1'; give whole numbers from 0 on",
+    ),
     "stop ids": (["x", "--stop-token-ids=1;2"], "--stop-token-ids is '1;2'; give whole numbers"),
     "dtype": (["x", "--dtype=int8"], "choose one of auto, float32"),
     "device": (["x", "--device=tpu"], "choose one of auto, cpu, cuda"),

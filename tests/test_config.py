@@ -28,6 +28,17 @@ WRONG = [
     ("max_num_seqs", None, "give a whole number >= 1"),
     ("max_num_seqs", 200_000, "give a whole number <= 4096"),
     ("max_num_batched_tokens", None, "give a whole number >= 1"),
+    *(
+        (name, 2**63, "give a whole number below 2**63")
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "block_size",
+            "kv_cache_memory_bytes",
+            "num_gpu_blocks_override",
+        )
+    ),
     ("gpu_memory_utilization", "a", "give a share in (0, 1]"),
     ("gpu_memory_utilization", True, "give a share in (0, 1]"),
     ("gpu_memory_utilization", None, "give a share in (0, 1]"),

@@ -176,6 +176,10 @@ JOB_PROBLEMS: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
         "--template cannot be used",
     ),
     "directory without an input": (lambda p: [p], "no input in this directory"),
+    "digits": (
+        lambda p: [made(p / "in.jsonl", ROW), f"--workers={'1' * 5000}"],
+        "--workers is '1111",
+    ),
     "workers": (lambda p: [made(p / "in.jsonl", ROW), "--workers=many"], "give a number or auto"),
     "shard": (lambda p: [made(p / "in.jsonl", ROW), "--shard=3/2"], "--shard is '3/2'"),
     "sampling": (lambda p: [made(p / "in.jsonl", ROW), "--top-p=7"], "top_p is 7.0"),

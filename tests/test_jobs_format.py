@@ -235,6 +235,22 @@ def test_template_that_is_none_is_a_config_error() -> None:
         RowTemplate("{{ a")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for x in a %}" * 25 + "{% endfor %}" * 25,
+        "{{ " + "1" * 5000 + " }}",
+        "{{ " + "(" * 3000 + ")" * 3000 + " }}",
+        "{{ " + "[" * 150 + "]" * 150 + " }}",
+    ],
+    ids=["25 loops", "5,000 digits", "3,000 brackets", "150 lists"],
+)
+def test_template_that_python_cannot_compile_is_a_config_error(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"--template cannot be used: .+; see Jinja") as caught:
+        RowTemplate(text)
+    assert "\n" not in str(caught.value)
+
+
 # --- config
 
 

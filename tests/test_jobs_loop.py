@@ -5,6 +5,7 @@ Real worker processes, with an engine that starts at once; `test_jobs_kill.py` h
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from typing import Any
 import job_engines
 import orjson
 import pytest
-from jobs import Said, by_index, config, read, run, write_jsonl
+from jobs import Said, by_index, config, read, refused, run, write_jsonl
 
 from graphengine.errors import (
     ConfigError,
@@ -233,6 +234,60 @@ def test_row_that_stands_twice_is_refused(tmp_path: Path) -> None:
         run(source, out)
 
 
+@pytest.mark.parametrize("index", [-1, -2, 3, 999, 10**15, 2**63, 2**64 - 1])
+def test_row_that_the_input_has_not_is_refused(tmp_path: Path, index: int) -> None:
+    """Once counted as finished, or told to stand there twice, or a MemoryError."""
+    source = prompts(tmp_path / "in.jsonl", ["a", "b", "c"])
+    out = tmp_path / "out.jsonl"
+    run(source, out)
+    row = {**read(out)[0], "id": "more", "row_index": index}
+    whole = out.read_bytes() + json.dumps(row).encode() + b"\n"
+    out.write_bytes(whole)
+    wanted = rf"out\.jsonl: row {index} stands there, (but the input has 3 rows|which is no row)"
+    with pytest.raises(OutputError, match=wanted):
+        refused(run(source, out))
+    assert out.read_bytes() == whole
+
+
+def test_index_that_is_no_number_is_no_line_of_a_job(tmp_path: Path) -> None:
+    source = prompts(tmp_path / "in.jsonl", ["a", "b", "c"])
+    out = tmp_path / "out.jsonl"
+    run(source, out)
+    first, *others = read(out)
+    write_jsonl(out, [{**first, "row_index": bool(first["row_index"])}, *others])
+    with pytest.raises(OutputError, match=r"out\.jsonl:1: not a line of this job"):
+        run(source, out)
+
+
+def test_row_of_another_shard_is_refused(tmp_path: Path) -> None:
+    source = prompts(tmp_path / "in.jsonl", TEXTS)
+    out = run(source, tmp_path / "out.jsonl", shard=Shard(1, 3)).output
+    write_jsonl(
+        out, [{**row, "row_index": row["row_index"] + (i == 5)} for i, row in enumerate(read(out))]
+    )
+    with pytest.raises(OutputError, match=r"stands there, which is no row of shard 1/3"):
+        run(source, tmp_path / "out.jsonl", shard=Shard(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("index", "what"),
+    [(-1, "row -1 stands there, which is no row"), (True, "no whole part of this job")],
+)
+def test_part_with_a_row_that_no_job_wrote_is_refused(
+    tmp_path: Path, index: int, what: str
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    source = prompts(tmp_path / "in.jsonl", ["a"])
+    run(source, tmp_path / "out")
+    rows = [{**row, "row_index": index} for row in read(tmp_path / "out")]
+    part = tmp_path / "out" / "part-00000.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), part)
+    with pytest.raises(OutputError, match=what):
+        run(source, tmp_path / "out")
+
+
 def test_output_of_no_job_is_refused_and_left_alone(tmp_path: Path) -> None:
     source = prompts(tmp_path / "in.jsonl", ["a"])
     out = tmp_path / "out.jsonl"
@@ -241,6 +296,14 @@ def test_output_of_no_job_is_refused_and_left_alone(tmp_path: Path) -> None:
         run(source, out)
     assert out.read_text() == '{"mine": 1}\n'
     assert not (tmp_path / "out.jsonl.job").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".jsonl", "x" * 247 + ".jsonl"])
+def test_output_of_a_name_that_no_file_can_have_is_refused(tmp_path: Path, name: str) -> None:
+    """The last one alone could be, but its state's not."""
+    source = prompts(tmp_path / "in.jsonl", ["a"])
+    with pytest.raises(ConfigError, match=r"--output .*: File name too long; give another name"):
+        run(source, tmp_path / name)
 
 
 def test_output_within_the_input_is_refused(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from jobs import config, read, run, write_jsonl
+from jobs import config, read, refused, run, write_jsonl
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from openai.types.shared import ErrorObject
 from pydantic import BaseModel, ConfigDict
 
+from graphengine.errors import OutputError
 from graphengine.jobs.openai_batch import OpenAIFormat
 from graphengine.jobs.rows import Row
 from graphengine.jobs.tasks import Result, Task
@@ -197,3 +198,21 @@ def test_batch_file_is_recognised_and_kept_apart_by_custom_id(tmp_path: Path) ->
     before = (tmp_path / "out.jsonl").read_bytes()
     assert run(source, tmp_path / "out.jsonl", order="input").stats.num_before == 5
     assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("number", ["+1", "1_0", " 1", "01", "\u0661", "", "1" * 5000])
+def test_id_that_no_job_writes_is_no_line_of_one(number: str) -> None:
+    record = format_().record(prepare(line()), Result("", [], "stop", 1, 1, ""))
+    with pytest.raises((TypeError, ValueError)):
+        format_().read_back({**record, "id": f"batch_req_{number}"})
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_line_that_the_batch_has_not_is_refused(tmp_path: Path, index: int) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [line(custom_id="a"), line(custom_id="b")])
+    out = tmp_path / "out.jsonl"
+    run(source, out)
+    more = {**read(out)[0], "id": f"batch_req_{index}", "custom_id": "c"}
+    write_jsonl(out, [*read(out), more])
+    with pytest.raises(OutputError, match=f"row {index} stands there, "):
+        refused(run(source, out))

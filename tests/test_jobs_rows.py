@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
-from jobs import config, write_jsonl
+from jobs import config, run, write_jsonl
 
 from graphengine.errors import InputError
 from graphengine.jobs import lines, rows
@@ -265,6 +267,69 @@ def test_parquet_with_a_broken_page_gives_the_rows_before_it(tmp_path: Path) -> 
     with pytest.raises(InputError, match="cannot be read on after row 2000"):
         collect(path, found)
     assert [row.data for row in found] == [{"prompt": value} for value in values[:2000]]
+
+
+def test_broken_footer_is_never_a_traceback(tmp_path: Path) -> None:
+    """Some are to pyarrow what it has not implemented, which is no ValueError."""
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"prompt": ["a", "b"], "n": [1, 2]}), path)
+    data = path.read_bytes()
+    start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    num_refused = 0
+    for place in range(start, len(data) - 8):
+        for flip in (1, 4, 0x3C):
+            path.write_bytes(data[:place] + bytes([data[place] ^ flip]) + data[place + 1 :])
+            try:
+                read(path)
+            except InputError:
+                num_refused += 1
+    assert num_refused > 100
+
+
+@pytest.mark.parametrize("options", [{}, {"template": "{{ k }}"}, {"id_column": "k"}])
+@pytest.mark.parametrize("output", ["out", "out.jsonl"])
+def test_two_columns_of_a_name_are_refused_where_it_is_used(
+    tmp_path: Path, output: str, options: dict[str, Any]
+) -> None:
+    options = options or {"keep": (("k", "k"),)}
+    path = tmp_path / "in.parquet"
+    columns = [pa.array(["a"]), pa.array(["1"]), pa.array(["2"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["prompt", "k", "k"]), path)
+    with pytest.raises(InputError, match=r"in\.parquet: has two columns 'k'; rename one"):
+        run(path, tmp_path / output, **options)
+    assert run(path, tmp_path / output).stats.num_failed == 0
+
+
+def test_times_of_nanoseconds_are_text_where_python_has_none(tmp_path: Path) -> None:
+    """In a process without pandas, with which pyarrow has them."""
+    path = tmp_path / "in.parquet"
+    times = [1, 1_000, None, 1_700_000_000_123_456_789]
+    kinds = {"t": pa.timestamp("ns"), "z": pa.timestamp("ns", "UTC")}
+    pq.write_table(pa.table({name: pa.array(times, kind) for name, kind in kinds.items()}), path)
+    code = (
+        "import sys\n"
+        "class Without:\n"
+        "    def find_spec(self, name, *more):\n"
+        "        if name == 'pandas': raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Without())\n"
+        "from graphengine.jobs.inputs import find_inputs\n"
+        "from graphengine.jobs.rows import RowSource\n"
+        "for row in RowSource(find_inputs(sys.argv[1]), lambda _: True):\n"
+        "    print(row.error or [str(value) for value in row.data.values()])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.stdout.splitlines() == [
+        "['1970-01-01 00:00:00.000000001', '1970-01-01 00:00:00.000000001Z']",
+        "['1970-01-01 00:00:00.000001', '1970-01-01 00:00:00.000001+00:00']",
+        "['None', 'None']",
+        "['2023-11-14 22:13:20.123456789', '2023-11-14 22:13:20.123456789Z']",
+    ]
 
 
 # --- which files

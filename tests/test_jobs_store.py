@@ -15,7 +15,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
-from graphengine.errors import OutputError
+from graphengine.errors import ModelError, OutputError
 from graphengine.jobs import journal, store
 from graphengine.jobs.journal import Journal, read_lines, replacing
 from graphengine.jobs.manifest import model_fingerprint, open_manifest
@@ -306,7 +306,7 @@ def test_row_set_is_a_set() -> None:
     rng = random.Random(0)
     ours, theirs = RowSet(), set()
     for _ in range(3000):
-        index = rng.randrange(5000)
+        index = rng.randrange(5000) << 4  # over ten pieces
         assert (index in ours) == (index in theirs)
         if index in theirs and rng.random() < 0.5:
             ours.remove(index)
@@ -315,6 +315,8 @@ def test_row_set_is_a_set() -> None:
             assert ours.add(index) == (index not in theirs)
             theirs.add(index)
         assert len(ours) == len(theirs)
+    assert ours.add(10**15), "far from all others, and small"
+    assert ours.largest == 10**15
 
 
 def test_id_table_knows_the_first_row_of_each_id() -> None:
@@ -392,7 +394,7 @@ def test_job_without_rows_may_begin_anew(tmp_path: Path) -> None:
     assert manifest(tmp_path, config=changed, has_rows=False)["config"] == changed
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema_version": 99}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema_version": 99}', "[" * 100_000])
 def test_manifest_that_is_none_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(OutputError, match=r"manifest\.json: "):
@@ -424,3 +426,23 @@ def test_model_is_told_by_its_values_and_not_by_its_place(tmp_path: Path) -> Non
         assert told(moved) != first, place
     other = model_fingerprint(model, tokenizer=moved, with_weights=True)
     assert other != first
+    # Once a traceback, though an engine reads none of them.
+    (model / "extra.json").symlink_to("nowhere")
+    (model / "other.safetensors").symlink_to("nowhere")
+    (model / "onnx.json").mkdir()
+    assert told() == first
+
+
+@pytest.mark.parametrize("name", ["extra.json", "other.safetensors"])
+def test_model_file_that_cannot_be_read_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / name).write_bytes(bytes(9))
+
+    def refuse(*given: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "open", refuse)  # root may read everything
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ModelError, match=rf"{name} cannot be read \(Permission denied\); a job"):
+        model_fingerprint(tmp_path, tokenizer=None, with_weights=True)

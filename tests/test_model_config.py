@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
 import transformers
 from checkpoints import VARIANTS, WINDOW, hf_config
 from hypothesis import given, settings
@@ -18,7 +21,13 @@ from hypothesis import strategies as st
 
 from graphengine.errors import ModelError
 from graphengine.hub import resolve_model
-from graphengine.model_config import ModelConfig, RopeConfig, load_model_config
+from graphengine.layers import rope_table
+from graphengine.model_config import (
+    ModelConfig,
+    RopeConfig,
+    _has_finite_angles,
+    load_model_config,
+)
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -44,6 +53,8 @@ OLD_LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+ABSURD_LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1e-300}
 
 
 def write(path: Path, config: object, generation: object = None) -> Path:
@@ -446,6 +457,16 @@ def test_unsupported_architecture_lists_what_is_supported(tmp_path: Path, names:
             for name in OLD_LLAMA3
             if name != "rope_type"
         ),
+        # Finite numbers, with which every logit was NaN and every token 0.
+        ({"rope_theta": 1e-300}, "RoPE theta 1e-300, whose angles at 512 positions float32"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e-300}}, "factor 1e-300, whose"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e-37}}, "factor 1e-37, whose"),
+        (
+            {"rope_scaling": dict.fromkeys(OLD_LLAMA3, 1e300) | ABSURD_LLAMA3},
+            "low_freq_factor 1e-300, high_freq_factor 1e+300, original_max_position_embeddings",
+        ),
+        ({"rms_norm_eps": 1e300}, "rms_norm_eps 1e+300"),
+        ({"rms_norm_eps": 1.0}, "rms_norm_eps 1.0"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({"num_attention_heads": 0}, ""),
         ({"num_hidden_layers": -1}, ""),
@@ -466,6 +487,32 @@ def test_what_is_unsupported_is_refused_by_name(
     message = refusal(write(tmp_path, {**LLAMA, **changes}))
     assert str(tmp_path / "config.json") in message
     assert words in message
+
+
+def rope_tables() -> Iterator[RopeConfig]:
+    """Absurd and sound numbers, in every combination."""
+    numbers = (1e-300, 1e-37, 1.0, 4.0, 8192.0, 1e38, 1e300)
+    for theta, factor in itertools.product(numbers, numbers):
+        yield RopeConfig("default", theta)
+        yield RopeConfig("linear", theta, factor)
+        for others in itertools.product(numbers, repeat=3):
+            yield RopeConfig("llama3", theta, factor, *others)
+
+
+def test_rope_is_refused_exactly_where_its_table_would_not_be_finite() -> None:
+    verdicts = {True: 0, False: 0}
+    for rope in rope_tables():
+        table = rope_table(rope, head_dim=16, num_positions=513, device=torch.device("cpu"))
+        is_finite = bool(table.isfinite().all())
+        assert _has_finite_angles(rope, head_dim=16, num_positions=512) == is_finite, rope
+        verdicts[is_finite] += 1
+    assert min(verdicts.values()) > 1000
+
+
+def test_whole_numbers_that_torch_does_not_take_reach_it_as_floats(tmp_path: Path) -> None:
+    rope = load_model_config(write(tmp_path, {**LLAMA, "rope_theta": 10**30})).rope
+    table = rope_table(rope, head_dim=16, num_positions=9, device=torch.device("cpu"))
+    assert bool(table.isfinite().all())
 
 
 @pytest.mark.parametrize(
@@ -520,6 +567,12 @@ def test_a_local_path_that_is_missing_is_not_looked_up(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(ModelError, match="give a model directory"):
+        resolve_model(model)
+
+
+@pytest.mark.parametrize("model", ["x" * 300, "~nosuchuser/x"])
+def test_name_that_no_file_can_have_is_told_in_one_line(model: str) -> None:
+    with pytest.raises(ModelError, match=r"cannot be looked up \(.+\); give a model directory"):
         resolve_model(model)
 
 

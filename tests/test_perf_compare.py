@@ -488,6 +488,12 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
     assert "none: No such file or directory" in outcome.stderr
 
 
+def test_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    done = run_compare(tmp_path / ("x" * 300), tmp_path)
+    assert done.exit_code == 2
+    assert "File name too long; give a result or a folder" in done.stderr
+
+
 def test_changed_versions_are_printed_and_compared(tmp_path: Path) -> None:
     new = result()
     new["environment"] |= {"commit": "def", "packages": {"torch": "2.12", "triton": "3.4"}}

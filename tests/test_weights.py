@@ -269,6 +269,13 @@ def test_index_naming_a_missing_shard(copy: Callable[[str], Path]) -> None:
     assert f"{path / INDEX} names {shard.name!r}, which is not in" in message
 
 
+def test_index_naming_a_shard_that_no_file_can_be(copy: Callable[[str], Path]) -> None:
+    path = copy("sharded")
+    name = "x" * 300 + ".safetensors"
+    (path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    assert "complete the checkpoint" in refusal(path)
+
+
 @pytest.mark.parametrize("kind", ["../x", "absolute", "sub/x", "../", "..", "x.bin", "", 5, None])
 def test_index_may_not_name_files_elsewhere(
     copy: Callable[[str], Path], kind: str | int | None

@@ -48,11 +48,12 @@ from graphengine.options import (
     parse_ids,
 )
 from graphengine.output_file import check_apart, check_output_path, print_line, write_errors
-from graphengine.request import SamplingParams
+from graphengine.request import SamplingParams, brief
 
 FAILED_ROWS = 1
 WORKERS_LOST = 3
 _AUTO = "auto"
+_MOST_DIGITS = 1000  # Python refuses to read more than some thousands
 
 
 def run(
@@ -274,8 +275,8 @@ def _write_counts(line: str, summary: str | None) -> bool:
 def _num_workers(text: str) -> int | None:
     if text == _AUTO:
         return None
-    if not text.isdecimal():
-        raise ConfigError(f"--workers is {text!r}; give a number or {_AUTO}")
+    if not text.isdecimal() or len(text) > _MOST_DIGITS:
+        raise ConfigError(f"--workers is {brief(text)}; give a number or {_AUTO}")
     return int(text)
 
 

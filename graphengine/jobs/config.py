@@ -9,7 +9,7 @@ from typing import Any
 from graphengine.config import EngineConfig
 from graphengine.errors import ConfigError
 from graphengine.jobs.shard import Shard
-from graphengine.request import SamplingParams, check_text
+from graphengine.request import SamplingParams, brief, check_text
 
 ORDERS = ("completion", "input")
 # Each is a process with an engine of its own: more is taken for a slip of the keyboard, which would
@@ -105,8 +105,8 @@ class JobConfig:
             raise ConfigError(f"--order is {self.order!r}; choose one of {', '.join(ORDERS)}")
         if self.workers is not None and not 1 <= self.workers <= MAX_WORKERS:
             raise ConfigError(
-                f"--workers is {self.workers}; give 1 to {MAX_WORKERS}, each a process with an "
-                "engine of its own, or auto"
+                f"--workers is {brief(self.workers)}; give 1 to {MAX_WORKERS}, each a process with "
+                "an engine of its own, or auto"
             )
         if self.part_rows < 1:
             raise ConfigError(f"--part-rows is {self.part_rows}; give 1 or more")

@@ -32,6 +32,7 @@ from graphengine.jobs.workers import ENGINE, WorkerPool, choose_devices
 from graphengine.progress import Progress
 
 _RETRIED = "retried.jsonl"
+_INDEX_LIMIT = 2**63  # of the tables' numbers
 # Retried rows whose records are in memory at once.
 _REPLACED_AT_ONCE = 50_000
 
@@ -124,6 +125,12 @@ class _Job:
         self._take_in_retried()
         for record in self._store.scan():
             stored = self._format.read_back(record)
+            if not 0 <= stored.index < _INDEX_LIMIT or stored.index not in self._config.shard:
+                shard = f" of shard {self._config.shard}" if self._config.shard.count > 1 else ""
+                raise OutputError(
+                    f"{self._output}: row {stored.index} stands there, which is no row{shard}; "
+                    "restore the output, or remove it to start again"
+                )
             if not self._finished.add(stored.index):
                 raise OutputError(
                     f"{self._output}: row {stored.index} stands there twice, which no job writes; "
@@ -181,7 +188,17 @@ class _Job:
         if not self._finished:  # else rows of an earlier run may have had what none had in this one
             for line in self._format.unmet():
                 say(f"warning: {line}")
-        return Outcome(self._output, final, signals.signum, loop.error)
+        return Outcome(self._output, final, signals.signum, loop.error or self._beyond_the_input())
+
+    def _beyond_the_input(self) -> OutputError | None:
+        """That the output has a row which the input has not; known once all of that was read."""
+        largest, num_rows = self._finished.largest, self._source.num_seen
+        if not self._source.is_at_end or largest < num_rows:
+            return None
+        return OutputError(
+            f"{self._output}: row {largest} stands there, but the input has {num_rows:,} rows, "
+            "counted from 0; restore the output, or remove it to start again"
+        )
 
     def _wants(self, index: int) -> bool:
         if index not in self._config.shard:

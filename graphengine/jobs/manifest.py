@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from graphengine.errors import OutputError
+from graphengine.errors import ModelError, OutputError
 from graphengine.jobs.journal import output_errors, replacing
 from graphengine.version import __version__
 
@@ -70,14 +70,23 @@ def open_manifest(
 
 def model_fingerprint(path: Path, *, tokenizer: Path | None, with_weights: bool) -> dict[str, Any]:
     """What tells this model from others, wherever its directory is: hashes of its small files, and
-    of headers and samples of its weights; and of the tokenizer, if it has one of its own."""
-    small = {p.name: p for pattern in _SMALL_FILES for p in path.glob(pattern)}
-    found: dict[str, Any] = {
-        name: hashlib.sha256(small[name].read_bytes()).hexdigest() for name in sorted(small)
-    }
-    if with_weights:
-        for file in sorted(path.glob("*.safetensors")):
-            found[file.name] = _weights_digest(file)
+    of headers and samples of its weights; and of the tokenizer, if it has one of its own. Raises
+    ModelError if one cannot be read."""
+    found: dict[str, Any] = {}
+    file = path
+    try:
+        # What is no file, as a link to none, nobody reads.
+        small = {p.name: p for pattern in _SMALL_FILES for p in path.glob(pattern) if p.is_file()}
+        for file in (small[name] for name in sorted(small)):
+            found[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(path.glob("*.safetensors")) if with_weights else ():
+            if file.is_file():
+                found[file.name] = _weights_digest(file)
+    except OSError as error:
+        raise ModelError(
+            f"{file} cannot be read ({error.strerror or error}); a job keeps a hash of what its "
+            "model is, make it readable or take it away"
+        ) from error
     if tokenizer is not None:
         found["tokenizer"] = model_fingerprint(tokenizer, tokenizer=None, with_weights=False)
     return found
@@ -106,7 +115,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(data)
         version, _ = manifest["schema_version"], manifest["created"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise OutputError(
             f"{path}: not a job's manifest; restore it, or give another --output"
         ) from error

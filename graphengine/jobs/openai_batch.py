@@ -114,10 +114,12 @@ class OpenAIFormat:
 
     def read_back(self, record: Mapping[str, Any]) -> Stored:
         line_id, row_id, response = record["id"], record["custom_id"], record["response"]
-        if not line_id.startswith(_LINE_ID) or not isinstance(row_id, str):
+        index = int(line_id.removeprefix(_LINE_ID))
+        # int takes "+5", "0_5" and the digits of other scripts too.
+        if line_id != f"{_LINE_ID}{index}" or not isinstance(row_id, str):
             raise TypeError("not a line of a job")
         is_failed = response is None or response["status_code"] != _OK
-        return Stored(int(line_id.removeprefix(_LINE_ID)), row_id, is_failed)
+        return Stored(index, row_id, is_failed)
 
     def _request(self, data: Mapping[str, Any], task: Task) -> tuple[str, Mapping[str, Any]]:
         """The line's url and body."""

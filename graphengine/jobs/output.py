@@ -44,14 +44,21 @@ class Place:
         if given == STDOUT:
             raise ConfigError("--output is -, where the summary goes; give a file or a directory")
         path = Path(config.shard.output(given))
-        if path.is_symlink():
-            # What the lock and the state are beside is the file itself, whatever it is called.
-            path = Path(os.path.realpath(path))
-        suffix = path.suffix.lower()
-        if suffix in _JSONL_SUFFIXES:
-            return cls(config, path, path.with_name(path.name + _STATE_SUFFIX), _JSONL)
-        if suffix in ("", ".parquet") or given.endswith("/"):
-            return cls(config, path, path / _STATE_IN_DIRECTORY, _PARQUET)
+        try:
+            if path.is_symlink():
+                # What the lock and the state are beside is the file itself, whatever its name.
+                path = Path(os.path.realpath(path))
+            suffix = path.suffix.lower()
+            if suffix in _JSONL_SUFFIXES:
+                state = path.with_name(path.name + _STATE_SUFFIX)
+                state.exists()  # its name is the longer one
+                return cls(config, path, state, _JSONL)
+            if suffix in ("", ".parquet") or given.endswith("/"):
+                path.exists()
+                return cls(config, path, path / _STATE_IN_DIRECTORY, _PARQUET)
+        except (OSError, ValueError) as error:
+            reason = (isinstance(error, OSError) and error.strerror) or error
+            raise ConfigError(f"--output {given}: {reason}; give another name") from error
         raise ConfigError(
             f"--output {given}: give a .jsonl file, or a directory for Parquet parts (a name "
             "without a suffix, or with .parquet)"

@@ -77,6 +77,7 @@ def _check_columns(files: Sequence[InputFile], config: JobConfig) -> None:
         *(old for old, _ in config.keep),
     )
     needed = [name for name in named if name is not None]
+    used = RowFormat(config, None).columns()
     num_rows = 0
     for file in files:
         parquet = open_parquet(file.path)
@@ -86,6 +87,9 @@ def _check_columns(files: Sequence[InputFile], config: JobConfig) -> None:
         for name in needed:
             if name not in columns:
                 raise InputError(f"{file.path}: no column {name!r}; it has {shown}")
+        for name in sorted(used or ()):
+            if columns.count(name) > 1:
+                raise InputError(f"{file.path}: has two columns {name!r}; rename one of them")
         if not config.has_prompt_option and not set(PROMPT_KEYS) & set(columns):
             raise InputError(
                 f"{file.path}: no column {' or '.join(PROMPT_KEYS)}; it has {shown}; name one with "

@@ -98,7 +98,8 @@ class RowFormat:
 
     def read_back(self, record: Mapping[str, Any]) -> Stored:
         index, row_id, error = record["row_index"], record["id"], record["error"]
-        if not isinstance(index, int) or not isinstance(row_id, str) or not isinstance(error, str):
+        is_index = isinstance(index, int) and not isinstance(index, bool)
+        if not is_index or not isinstance(row_id, str) or not isinstance(error, str):
             raise TypeError("not a record of a job")
         return Stored(index, row_id, bool(error))
 

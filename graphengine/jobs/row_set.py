@@ -6,36 +6,51 @@ import hashlib
 
 import numpy as np
 
+# Bits of a piece: 1 KiB, the least that a row far from all others takes.
+_PIECE_BITS = 13
+
 
 class RowSet:
-    """A set of row indices, one bit for each up to the largest."""
+    """A set of row indices, one bit for each in the pieces that have any."""
 
     def __init__(self) -> None:
-        self._bits = bytearray()
+        self._pieces: dict[int, bytearray] = {}
         self._num_rows = 0
+        self.largest = -1  # that was ever added
 
     def __len__(self) -> int:
         return self._num_rows
 
     def __contains__(self, index: int) -> bool:
-        byte = index >> 3
-        return byte < len(self._bits) and bool(self._bits[byte] >> (index & 7) & 1)
+        piece = self._pieces.get(index >> _PIECE_BITS)
+        byte, bit = _place(index)
+        return piece is not None and bool(piece[byte] & bit)
 
     def add(self, index: int) -> bool:
         """Whether it was new."""
-        byte, bit = index >> 3, 1 << (index & 7)
-        if byte >= len(self._bits):
-            self._bits.extend(bytes(max(byte + 1 - len(self._bits), len(self._bits))))
-        is_new = not self._bits[byte] & bit
-        self._bits[byte] |= bit
+        assert index >= 0
+        if index >> _PIECE_BITS not in self._pieces:
+            self._pieces[index >> _PIECE_BITS] = bytearray(1 << _PIECE_BITS >> 3)
+        piece = self._pieces[index >> _PIECE_BITS]
+        byte, bit = _place(index)
+        is_new = not piece[byte] & bit
+        piece[byte] |= bit
         self._num_rows += is_new
+        self.largest = max(self.largest, index)
         return is_new
 
     def remove(self, index: int) -> None:
         """It must be there."""
         assert index in self
-        self._bits[index >> 3] &= ~(1 << (index & 7))
+        byte, bit = _place(index)
+        self._pieces[index >> _PIECE_BITS][byte] &= ~bit
         self._num_rows -= 1
+
+
+def _place(index: int) -> tuple[int, int]:
+    """Byte of a piece, and the bit in it."""
+    within = index & ((1 << _PIECE_BITS) - 1)
+    return within >> 3, 1 << (within & 7)
 
 
 class IdTable:

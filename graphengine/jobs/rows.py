@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,7 @@ class RowSource:
             self._lines = None
 
     def _read_parquet(self, path: Path) -> Iterator[Row]:
+        arrow_errors = require("pyarrow").ArrowException
         file = open_parquet(path)
         columns = None
         if self._columns is not None:
@@ -108,7 +110,7 @@ class RowSource:
                         self.num_seen += batch.num_rows
                         yield from self._batch_rows(batch, first)
                 self.num_seen = end
-        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+        except (OSError, ValueError, arrow_errors) as error:
             raise InputError(
                 f"{path}: cannot be read on after row {self.num_seen} "
                 f"({' '.join(str(error).split())}); make the file whole again"
@@ -131,11 +133,13 @@ class RowSource:
 
 def open_parquet(path: Path) -> Any:
     """A pyarrow ParquetFile. Raises InputError unless its footer can be read."""
-    parquet = require("pyarrow.parquet")
+    pyarrow, parquet = require("pyarrow"), require("pyarrow.parquet")
     try:
         # Not memory-mapped and not read ahead: row groups can be larger than the memory.
-        return parquet.ParquetFile(path, memory_map=False, pre_buffer=False, buffer_size=1 << 20)
-    except (OSError, ValueError) as error:
+        file = parquet.ParquetFile(path, memory_map=False, pre_buffer=False, buffer_size=1 << 20)
+        _ = file.schema_arrow  # made of the footer only now
+        return file
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise InputError(
             f"{path}: no whole Parquet file ({' '.join(str(error).split())}); write it again"
         ) from error
@@ -175,4 +179,19 @@ def _decode(index: int, one: Any) -> Row:
     except UnicodeDecodeError as error:
         return Row(index, None, f"a string is not UTF-8 ({error.reason}); write it again as UTF-8")
     except (ValueError, OverflowError) as error:
+        # Python's own times have no nanoseconds.
+        with contextlib.suppress(ValueError, OverflowError):
+            return Row(index, _nanoseconds_as_text(one).to_pylist()[0])
         return Row(index, None, f"a value is out of range ({error}); write it as text")
+
+
+def _nanoseconds_as_text(batch: Any) -> Any:
+    """The batch with its columns of such points in time as strings."""
+    pyarrow = require("pyarrow")
+    columns = [
+        column.cast(pyarrow.string())
+        if pyarrow.types.is_timestamp(column.type) and column.type.unit == "ns"
+        else column
+        for column in batch.columns
+    ]
+    return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)

@@ -91,15 +91,17 @@ class ParquetStore:
         self._num_rows = 0  # in the journal
 
     def scan(self) -> Iterator[Record]:
-        parquet = require("pyarrow.parquet")
+        pyarrow, parquet = require("pyarrow"), require("pyarrow.parquet")
         columns = ["id", "row_index", "error"]
         parts = self._parts()
         for part in parts:
             try:
                 with parquet.ParquetFile(part) as file:
                     for batch in file.iter_batches(columns=columns):
-                        yield from batch.to_pylist()
-            except (OSError, ValueError) as error:
+                        for record in batch.to_pylist():
+                            self._check(record)
+                            yield record
+            except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
                 raise OutputError(
                     f"{part}: no whole part of this job ({' '.join(str(error).split())}); restore "
                     "it, or remove the output to start again"

@@ -28,8 +28,10 @@ class RowTemplate:
             bare = _Environment(undefined=StrictUndefined)
             bare.globals.clear()
             self.columns = frozenset(meta.find_undeclared_variables(bare.parse(text)))
-        except TemplateError as error:
-            raise ConfigError(f"--template cannot be used: {error}; see Jinja's manual") from error
+        except (TemplateError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            # Jinja makes a Python program of it, whose compiler has limits of its own.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"--template cannot be used: {reason}; see Jinja's manual") from error
 
     def render(self, row: Mapping[str, object]) -> str:
         """Raises RequestError where the row does not fit the template, whatever the row holds."""
