@@ -17,7 +17,8 @@ from graphengine.attention.base import (
     PrefillMetadata,
 )
 from graphengine.kernels import Kernels
-from graphengine.model_config import ModelConfig, RopeConfig
+from graphengine.model_config import ModelConfig
+from graphengine.rope_config import RopeConfig
 
 
 class DecoderLayer(nn.Module):

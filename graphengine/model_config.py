@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from graphengine.errors import ModelError
+from graphengine.rope_config import RopeConfig, rope_config
 
 # What a config.json may leave out, and what it then means: the defaults of transformers' classes
 # (models/*/configuration_*.py). None: follows from other keys, or there is none. transformers is
@@ -66,10 +63,8 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "Qwen3ForCausalLM": {**_QWEN, "head_dim": 128, "attention_bias": False},
 }
 _MAX_LAYERS = 4096
-_ROPE_TYPES = ("default", "linear", "llama3")
 _ACTIVATIONS = ("silu", "swish")  # two names of one function
 _INT_LIMIT = 2**31  # ids and sizes fit tables of 32 bits
-_MOST_ANGLES = 4096  # looked at of one position: all of them, of any head up to twice as wide
 # Stored dtype -> what "auto" computes in.
 _DTYPES = {
     "bfloat16": "bfloat16",
@@ -77,18 +72,6 @@ _DTYPES = {
     "float32": "float32",
     "float64": "float32",
 }
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding. rope_type: "default", "linear" (factor) or "llama3" (all fields)."""
-
-    rope_type: str
-    theta: float
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: float = 8192.0
 
 
 @dataclass(frozen=True)
@@ -231,7 +214,7 @@ def _model_config(architecture: str, values: Mapping[str, Any], file: Path) -> M
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=rms_norm_eps,
-        rope=_rope(values, file, head_dim=head_dim, num_positions=num_positions),
+        rope=rope_config(values, file, head_dim=head_dim, num_positions=num_positions),
         sliding_windows=_sliding_windows(values, family, num_layers, file),
         # Qwen2's q, k and v always have a bias and its o never has.
         qkv_bias=attention_bias or family == "Qwen2",
@@ -282,81 +265,6 @@ def _dtype(raw: Mapping[str, Any], file: Path) -> str:
     if not isinstance(name, str) or name not in _DTYPES:
         raise ModelError(f"{file} has dtype {name!r}; supported: {', '.join(_DTYPES)}")
     return _DTYPES[name]
-
-
-def _rope(
-    values: Mapping[str, Any], file: Path, *, head_dim: int, num_positions: int
-) -> RopeConfig:
-    """As transformers reads it: `rope_scaling` is the older name of `rope_parameters` and goes
-    first, and theta may stand beside either."""
-    given = values.get("rope_scaling") or values.get("rope_parameters") or {}
-    if not isinstance(given, Mapping):
-        raise ModelError(f"{file} has rope_parameters {given!r}; it must be an object")
-    for name, value in given.items():
-        if isinstance(value, Mapping):
-            raise ModelError(f"{file} has RoPE of its own for {name!r}; one for all is supported")
-    parameters = {
-        "rope_type": given.get("type", "default"),
-        "rope_theta": values["rope_theta"],
-        "original_max_position_embeddings": values["max_position_embeddings"],
-        **given,
-    }
-    rope_type = parameters["rope_type"]
-    if rope_type not in _ROPE_TYPES:
-        raise ModelError(f"{file} has RoPE type {rope_type!r}; supported: {', '.join(_ROPE_TYPES)}")
-    rotary_share = values.get("partial_rotary_factor")
-    rotary_share = given.get("partial_rotary_factor", 1.0 if rotary_share is None else rotary_share)
-    if rotary_share != 1.0:
-        raise ModelError(
-            f"{file} has partial_rotary_factor {rotary_share!r}; only RoPE over the whole head "
-            "(1.0) is supported"
-        )
-    names = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ),
-    }[rope_type]
-    numbers = {"theta": parameters["rope_theta"]}
-    numbers |= {name: parameters.get(name) for name in names}
-    for name, value in numbers.items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        # Python's JSON knows NaN and Infinity, and whole numbers that no float holds.
-        if not is_number or not 0 < value <= sys.float_info.max:
-            raise ModelError(
-                f"{file} has RoPE {name} {value!r}; it must be a finite number above 0"
-            )
-    # Not as a whole number, which may be larger than torch takes.
-    rope = RopeConfig(rope_type, **{name: float(value) for name, value in numbers.items()})
-    if not _has_finite_angles(rope, head_dim=head_dim, num_positions=num_positions):
-        shown = ", ".join(f"{name} {value!r}" for name, value in numbers.items())
-        raise ModelError(
-            f"{file} has RoPE {shown}, whose angles at {num_positions} positions float32 cannot "
-            "hold; give the numbers that the model was trained with"
-        )
-    return rope
-
-
-def _has_finite_angles(rope: RopeConfig, *, head_dim: int, num_positions: int) -> bool:
-    """Whether layers.rope_table has, expression by expression; without, each logit is NaN."""
-    with np.errstate(all="ignore"):
-        dims = np.linspace(0, head_dim - 2, min(head_dim // 2, _MOST_ANGLES), dtype=np.float32)
-        inv_freq = 1.0 / rope.theta ** (dims / head_dim)
-        if rope.rope_type == "linear":
-            inv_freq = inv_freq / rope.factor
-        elif rope.rope_type == "llama3":
-            wavelengths = 2 * math.pi / inv_freq
-            original = rope.original_max_position_embeddings
-            low, high = rope.low_freq_factor, rope.high_freq_factor
-            smooth = (original / wavelengths - low) / (high - low)
-            scaled = (1 - smooth) * inv_freq / rope.factor + smooth * inv_freq
-            scaled = np.where(wavelengths > original / low, inv_freq / rope.factor, scaled)
-            inv_freq = np.where(wavelengths < original / high, inv_freq, scaled)
-        return bool(np.isfinite(inv_freq * np.float32(num_positions)).all())
 
 
 def _sliding_windows(

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 # A module that is missing here fails a test: say which side it is on.
 LAYERS: Mapping[str, tuple[str, ...]] = {
     # Leaves that both sides may use. Neither torch nor state.
-    "common": ("errors", "config", "cuda_context", "model_config", "hub", "version"),
+    "common": ("errors", "config", "cuda_context", "rope_config", "model_config", "hub", "version"),
     # What to run. Imports no torch, not even through others.
     "host": (
         "request",

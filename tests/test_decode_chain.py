@@ -20,7 +20,8 @@ from torch import Tensor
 from graphengine.attention.base import DecodeMetadata
 from graphengine.kernels import reference
 from graphengine.layers import rope_table
-from graphengine.model_config import ModelConfig, RopeConfig
+from graphengine.model_config import ModelConfig
+from graphengine.rope_config import RopeConfig
 
 if sys.platform != "linux":
     pytest.skip("cuda-bindings is for Linux here, as in torch", allow_module_level=True)

@@ -22,12 +22,8 @@ from hypothesis import strategies as st
 from graphengine.errors import ModelError
 from graphengine.hub import resolve_model
 from graphengine.layers import rope_table
-from graphengine.model_config import (
-    ModelConfig,
-    RopeConfig,
-    _has_finite_angles,
-    load_model_config,
-)
+from graphengine.model_config import ModelConfig, load_model_config
+from graphengine.rope_config import RopeConfig, has_finite_angles
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -504,7 +500,7 @@ def test_rope_is_refused_exactly_where_its_table_would_not_be_finite() -> None:
     for rope in rope_tables():
         table = rope_table(rope, head_dim=16, num_positions=513, device=torch.device("cpu"))
         is_finite = bool(table.isfinite().all())
-        assert _has_finite_angles(rope, head_dim=16, num_positions=512) == is_finite, rope
+        assert has_finite_angles(rope, head_dim=16, num_positions=512) == is_finite, rope
         verdicts[is_finite] += 1
     assert min(verdicts.values()) > 1000
 

@@ -14,8 +14,9 @@ from tiny import World, make_world, request
 
 from captures import BucketLadder, CaptureError
 from graphengine import LLM, Request, prefill_graphs
-from graphengine.model_config import ModelConfig, RopeConfig
+from graphengine.model_config import ModelConfig
 from graphengine.prefill_graphs import PrefillGraphs, prefill_ladder
+from graphengine.rope_config import RopeConfig
 
 LADDER = BucketLadder([8, 16, 24, 32])
 QWEN3_0_6B = ModelConfig(
