@@ -43,16 +43,20 @@ def errors_as_exit_codes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends what is inside as Ctrl-C does, not at once: what is finished can be kept."""
+    """SIGTERM ends what is inside as Ctrl-C does, not at once: what is finished can be kept. Where
+    the process was told to ignore it, it goes on ignoring it."""
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
 
     def end(signum: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    earlier = signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, earlier)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def ignore_interrupts_at_exit() -> None:
@@ -66,6 +70,8 @@ def help_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if "--help" not in sys.argv:
+            raise
         try:
             print(flush=True)  # whether it was that, or a bug
         except OSError:

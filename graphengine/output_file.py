@@ -179,7 +179,8 @@ def write_in_order(outputs: Iterable[RequestOutput], writer: Writer) -> None:
                 num_failed += 1
                 if num_failed <= MAX_ERRORS_SHOWN:
                     line = one_line(f"error: request {output.request_id}: {output.error}")
-                    print(line, file=sys.stderr)
+                    with contextlib.suppress(OSError):  # nobody reads it; the work goes on
+                        print(line, file=sys.stderr)
             for ready in order.push(output):
                 writer.write(ready)
     finally:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from graphengine.errors import ConfigError, GraphEngineError
 from graphengine.exit_codes import BAD_INPUT, tell
+from graphengine.standard_streams import open_closed_streams
 
 # Shapes that a CPU runs, the shipped model among them.
 _SMALL = ("tiny", "demo")
@@ -17,6 +18,7 @@ _SMALL = ("tiny", "demo")
 def errors_as_exit() -> Iterator[None]:
     """Around `main`: what a user can cause ends in one line, after all that was printed. A bug
     keeps its traceback."""
+    open_closed_streams()
     try:
         yield
     except GraphEngineError as error:

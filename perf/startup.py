@@ -98,7 +98,9 @@ if __name__ == "__main__":
     try:
         _child(sys.argv[1])
     except GraphEngineError as error:
-        from graphengine.exit_codes import BAD_INPUT, tell  # nor this
+        from graphengine.exit_codes import BAD_INPUT, tell  # nor these
+        from graphengine.standard_streams import open_closed_streams
 
+        open_closed_streams()
         tell(error)
         sys.exit(BAD_INPUT)

@@ -35,14 +35,12 @@ class Workload:
         return max((sum(pair) for pair in self.lengths(scale)), default=256)
 
     def longest(self) -> int:
-        """Tokens of the longest prompt, output or context, at scale 1. Of kind "startup" 0."""
-        if self.kind == "grid":
-            return max(context for _, context in self.points)
+        """Tokens of the longest prompt or output, at scale 1. 0 if there are none."""
         return max((length for pair in self.draw() for length in pair), default=0)
 
     def least_scale(self) -> float:
-        """Of the scales with two digits the least that leaves more than one token of some length;
-        0 if there are none. Below it there is no decode step."""
+        """Of the scales with two digits the least that leaves more than one token of some length,
+        below which there is no decode step; 0 for a grid, whose steps are always as many."""
         longest = self.longest()
         if longest == 0:
             return 0.0

@@ -326,16 +326,22 @@ def test_interrupt_keeps_what_was_finished(tmp_path: Path) -> None:
 def test_sigterm_keeps_what_was_finished(tmp_path: Path) -> None:
     """It had ended the process at once, and with it what was finished but not at its turn."""
     out = tmp_path / "out.jsonl"
-    earlier = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        result = run("one", "two", "three", "term", "five", "--output", str(out))
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGTERM, earlier)
+    result = run("one", "two", "three", "term", "five", "--output", str(out))
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert result.exit_code == 143
     assert [line["text"] for line in records(out)] == ["<one>", "<two>", "<three>"]
     assert result.stderr.splitlines()[-1] == "terminated"
     assert FakeLLM.made[0].is_closed
+
+
+def test_sigterm_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    earlier = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        result = run("one", "term", "three", "--output", str(tmp_path / "out.jsonl"))
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+    assert result.exit_code == 0
+    assert "<three>" in [line["text"] for line in records(tmp_path / "out.jsonl")]
 
 
 @pytest.mark.parametrize(

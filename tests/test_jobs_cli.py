@@ -572,6 +572,21 @@ def test_names_that_are_really_written_take_the_place_of_nothing(
     assert sorted(os.listdir()) == ["data-0.jsonl", "link.jsonl"]
 
 
+@pytest.mark.parametrize("option", ["--trace", "--summary", "--output"])
+def test_file_that_is_standard_output_is_refused(tmp_path: Path, option: str) -> None:
+    source = write_jsonl(tmp_path / "in.jsonl", [{"prompt": "a"}])
+    path = tmp_path / "same.jsonl"
+    command = [sys.executable, "-m", "cli", "run", "demo", str(source), "--device=cpu"]
+    command += ["--output", str(tmp_path / "out.jsonl"), option, str(path)]
+    with path.open("w") as stdout:
+        done = subprocess.run(
+            command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {option} {path} is the file of standard output")
+    assert path.read_text() == ""
+
+
 def test_hard_link_to_one_of_many_inputs_is_no_summary(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()

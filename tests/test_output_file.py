@@ -125,6 +125,16 @@ def test_only_the_first_failures_are_named(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().err.count("\n") == 10
 
 
+def test_failures_that_nobody_can_be_told_of_stop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk behind standard error lost all answers."""
+    file = io.BytesIO()
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr("sys.stderr", io.TextIOWrapper(full, write_through=True))
+        write_in_order([failed(0), output(1, "b")], JsonlWriter(file, "out"))
+        monkeypatch.undo()
+    assert len(file.getvalue().splitlines()) == 2
+
+
 def test_what_finished_before_a_stop_is_written() -> None:
     def stopped() -> Iterator[RequestOutput]:
         yield from (output(4), output(0), output(2))

@@ -78,6 +78,13 @@ def test_scripts_say_what_they_do_not_take_before_they_measure(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_closed_standard_output_is_no_reason_for_a_traceback() -> None:
+    command = f"{sys.executable} -m perf.host_loop --repeats 0 >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: --repeats is 0; give 1 or more\n"
+
+
 def test_modes_are_compared_by_their_tokens(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

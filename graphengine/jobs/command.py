@@ -47,7 +47,13 @@ from graphengine.options import (
     environment_defaults,
     parse_ids,
 )
-from graphengine.output_file import check_apart, check_output_path, print_line, write_errors
+from graphengine.output_file import (
+    STDOUT,
+    check_apart,
+    check_output_path,
+    print_line,
+    write_errors,
+)
 from graphengine.request import SamplingParams, brief
 
 FAILED_ROWS = 1
@@ -228,13 +234,17 @@ def run(
         written = [] if summary is None else [("--summary", summary)]
         if trace is not None:
             check_output_path(trace, input, option="--trace")
-            devices = choose_devices(config.workers, device=device, environment=environment)
-            names = [worker_trace(trace, number) for number in range(len(devices))]
+            num_workers = config.workers or len(
+                choose_devices(None, device=device, environment=environment)
+            )
+            names = [worker_trace(trace, number) for number in range(num_workers)]
             written += [("--trace", name) for name in (names if len(names) > 1 else [trace])]
         for option, path in written:
             check_output_path(path, input, option=option)
             place.check_beside(option, path)
-        check_apart(written)
+        # A record of Parquet parts is not written to standard output's file.
+        results = [] if place.is_parquet else [("--output", str(place.output))]
+        check_apart([*written, *results, ("", STDOUT)])
         outcome = run_job(config, environment=environment, console=_console(), say=say)
         signum = None if outcome.signum is None else signal.Signals(outcome.signum)
         say(job_report(outcome.stats))

@@ -125,12 +125,7 @@ class _Job:
         self._take_in_retried()
         for record in self._store.scan():
             stored = self._format.read_back(record)
-            if not 0 <= stored.index < _INDEX_LIMIT or stored.index not in self._config.shard:
-                shard = f" of shard {self._config.shard}" if self._config.shard.count > 1 else ""
-                raise OutputError(
-                    f"{self._output}: row {stored.index} stands there, which is no row{shard}; "
-                    "restore the output, or remove it to start again"
-                )
+            self._check_index(stored.index, self._output)
             if not self._finished.add(stored.index):
                 raise OutputError(
                     f"{self._output}: row {stored.index} stands there twice, which no job writes; "
@@ -190,6 +185,14 @@ class _Job:
                 say(f"warning: {line}")
         return Outcome(self._output, final, signals.signum, loop.error or self._beyond_the_input())
 
+    def _check_index(self, index: int, path: Path) -> None:
+        if not 0 <= index < _INDEX_LIMIT or index not in self._config.shard:
+            shard = f" of shard {self._config.shard}" if self._config.shard.count > 1 else ""
+            raise OutputError(
+                f"{path}: row {index} stands there, which is no row{shard}; "
+                "restore the output, or remove it to start again"
+            )
+
     def _beyond_the_input(self) -> OutputError | None:
         """That the output has a row which the input has not; known once all of that was read."""
         largest, num_rows = self._finished.largest, self._source.num_seen
@@ -215,7 +218,9 @@ class _Job:
             return
 
         def index_of(record: Mapping[str, Any]) -> int:
-            return self._format.read_back(record).index
+            index = self._format.read_back(record).index
+            self._check_index(index, path)
+            return index
 
         lines = read_lines(path, self._format.read_back)
         while batch := {index_of(record): record for record in islice(lines, _REPLACED_AT_ONCE)}:

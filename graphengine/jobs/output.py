@@ -107,9 +107,14 @@ class Place:
         # "**/" may stand for nothing, which fnmatch does not know.
         if any(fnmatch.fnmatch(name, p) for p in (pattern, pattern.replace("**/", ""))):
             return True
-        return os.path.isfile(path) and any(
-            os.path.samefile(path, file.path) for file in find_inputs(given)
-        )
+        try:
+            here = os.stat(path)
+            # Without a second name it is none; inputs may be many.
+            return here.st_nlink > 1 and any(
+                os.path.samestat(here, os.stat(file.path)) for file in find_inputs(given)
+            )
+        except OSError:  # it is not there, or an input no longer
+            return False
 
     def has_rows(self) -> bool:
         with output_errors(self.output):

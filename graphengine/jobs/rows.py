@@ -186,12 +186,16 @@ def _decode(index: int, one: Any) -> Row:
 
 
 def _nanoseconds_as_text(batch: Any) -> Any:
-    """The batch with its columns of such points in time as strings."""
+    """The batch with those columns of points in time as strings that Python cannot have."""
     pyarrow = require("pyarrow")
-    columns = [
-        column.cast(pyarrow.string())
-        if pyarrow.types.is_timestamp(column.type) and column.type.unit == "ns"
-        else column
-        for column in batch.columns
-    ]
+
+    def readable(column: Any) -> Any:
+        try:
+            column.to_pylist()
+        except (ValueError, OverflowError):
+            if pyarrow.types.is_timestamp(column.type):
+                return column.cast(pyarrow.string())
+        return column
+
+    columns = [readable(column) for column in batch.columns]
     return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
