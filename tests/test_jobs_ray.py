@@ -78,6 +78,40 @@ def test_rows_of_several_batches_are_in_the_engine_at_once(
     made.close()
 
 
+async def call_and_give_one_up(made: LLMBatches) -> list[pa.Table]:
+    given_up = asyncio.ensure_future(made(batch("a", "b", "c", "d")))
+    await asyncio.sleep(0.2)  # its requests are in the engine
+    given_up.cancel()
+    return await call_together(made, [batch("e", "f", "g", "h"), batch("i", "j", "k", "l")])
+
+
+def test_batch_that_is_given_up_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first output for it had ended the engine, and who waited then waited for ever."""
+    made = batches(monkeypatch, WaitingLLM)
+    found = asyncio.run(call_and_give_one_up(made))
+    assert [row["error"] for table in found for row in table.to_pylist()] == [""] * 8
+    made.close()
+
+
+class GivenUpLLM(WaitingLLM):
+    """Dies when it has 8 requests, of which some are given up by then."""
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[RequestOutput]:
+        reader = iter(requests)
+        for _ in range(8):
+            next(reader)
+        raise RuntimeError("the device is gone")
+        yield
+
+
+def test_who_waits_beside_a_batch_that_is_given_up_hears_of_a_dead_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = batches(monkeypatch, GivenUpLLM)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        asyncio.run(call_and_give_one_up(made))
+
+
 def test_schema_is_the_same_for_batches_of_errors_only(monkeypatch: pytest.MonkeyPatch) -> None:
     made = batches(monkeypatch, WaitingLLM, token_ids=True, prefix="llm_")
     good, bad = asyncio.run(call_together(made, [batch(*"abcdefghijkl"), batch(None, None)]))

@@ -168,11 +168,14 @@ class _Engine:
         error: BaseException = RuntimeError("the engine was closed")
         try:
             for output in self._llm.stream(self._feed):
-                self._waiting.pop(output.request_id).set_result(output)
+                future = self._waiting.pop(output.request_id)
+                if future.set_running_or_notify_cancel():  # its batch may have been given up
+                    future.set_result(output)
         except BaseException as raised:  # whoever waits must hear of it
             error = raised
         with self._lock:
             self._error = error
             waiting: Sequence[Future[RequestOutput]] = list(self._waiting.values())
         for future in waiting:
-            future.set_exception(error)
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
