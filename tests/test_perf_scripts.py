@@ -79,8 +79,8 @@ def test_scripts_say_what_they_do_not_take_before_they_measure(
 
 
 def test_closed_standard_output_is_no_reason_for_a_traceback() -> None:
-    command = f"{sys.executable} -m perf.host_loop --repeats 0 >&-"
-    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False)
+    command = ["sh", "-c", 'exec "$0" -m perf.host_loop --repeats 0 >&-', sys.executable]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: --repeats is 0; give 1 or more\n"
 

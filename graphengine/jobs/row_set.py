@@ -23,15 +23,17 @@ class RowSet:
 
     def __contains__(self, index: int) -> bool:
         piece = self._pieces.get(index >> _PIECE_BITS)
+        if piece is None:
+            return False
         byte, bit = _place(index)
-        return piece is not None and bool(piece[byte] & bit)
+        return bool(piece[byte] & bit)
 
     def add(self, index: int) -> bool:
         """Whether it was new."""
         assert index >= 0
-        if index >> _PIECE_BITS not in self._pieces:
-            self._pieces[index >> _PIECE_BITS] = bytearray(1 << _PIECE_BITS >> 3)
-        piece = self._pieces[index >> _PIECE_BITS]
+        piece = self._pieces.get(index >> _PIECE_BITS)
+        if piece is None:
+            piece = self._pieces[index >> _PIECE_BITS] = bytearray(1 << _PIECE_BITS >> 3)
         byte, bit = _place(index)
         is_new = not piece[byte] & bit
         piece[byte] |= bit
